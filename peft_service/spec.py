@@ -1,0 +1,120 @@
+"""FineTuneSpec: the only definition of what a run is asked to do.
+
+The same spec gives the same adapter, up to rounding, on one worker or many: so it names an effective
+batch and never a microbatch per GPU as its meaning. What the cluster makes of it is `cluster.plan.Plan`.
+"""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from peft_service.methods import AnyMethod
+from peft_service.objectives import AnyObjective
+from peft_service.objectives.sft import SFT
+from peft_service.variants import Frozen
+
+NAME_PATTERN = r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$"
+"""Names become path segments: no slash, no colon, no leading dot, at most 64 characters."""
+
+
+class Base(Frozen):
+    """The frozen base model."""
+
+    id: str
+    """The name it is served under, for example `Qwen/Qwen3-0.6B`; never contains a colon."""
+    uri: str
+    """Where its safetensors are: `file:///dir`, `s3://bucket/prefix` or `hf://org/name@revision`."""
+    revision: str | None = None
+    digest: str | None = None
+    """sha256 over the names and sizes and contents that identify the weights (see `base_model.digest_of`)."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the frozen weights in 4 bits (NF4, double quantisation). This makes LoRA a QLoRA."""
+
+
+class DataFile(Frozen):
+    """One uploaded file of the store, already validated."""
+
+    id: str
+    key: str
+    """Key in the store."""
+    sha256: str
+    rows: int = Field(ge=1)
+    format: str
+    """`kind` of the Format that was detected."""
+
+
+class Data(Frozen):
+    training: DataFile
+    validation: DataFile | None = None
+    too_long: Literal["error", "drop", "right", "left"] = "error"
+    """What happens to a row longer than `training.max_seq_len`. Never silent: counted and listed."""
+
+
+class Training(Frozen):
+    """How the parameters move. All values are concrete: "auto" is resolved before a spec exists."""
+
+    n_epochs: int = Field(3, ge=1, le=1000)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps even if the epochs are not over."""
+    batch_size: int = Field(8, ge=1, le=65536)
+    """Rows per optimizer step over all workers."""
+    learning_rate: float = Field(gt=0, lt=10)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_seq_len: int = Field(2048, ge=8, le=1_048_576)
+    """Tokens per row at most."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    """ZeRO-3 only: parameters wait in CPU memory."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    microbatch: int | Literal["auto"] = Field("auto")
+    """Rows per worker per forward pass; the result does not depend on it."""
+    checkpoint_steps: int = Field(50, ge=1)
+    eval_steps: int | None = Field(None, ge=1)
+    """Evaluate on the validation file every so many steps; None: at the end of every epoch."""
+
+    @field_validator("microbatch")
+    @classmethod
+    def _microbatch_is_positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("microbatch must be at least 1, or \"auto\"")
+        return value
+
+
+class Resources(Frozen):
+    """What the user allows the run to take; "auto" leaves it to the plan."""
+
+    workers: int | Literal["auto"] = "auto"
+    gpus_per_worker: float | Literal["auto"] = "auto"
+    """0 trains on the CPU; "auto" takes one GPU per worker where the cluster has any."""
+    cpus_per_worker: float = Field(1, ge=0, le=1024)
+    elastic: bool = True
+    """After a node is lost, go on with fewer workers instead of waiting for it (same curve, design §7.1)."""
+
+    @field_validator("workers")
+    @classmethod
+    def _workers_are_positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 4096:
+            raise ValueError("workers must be between 1 and 4096, or \"auto\"")
+        return value
+
+
+class FineTuneSpec(Frozen):
+    """One run, fully described; immutable once a job exists."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    """The adapter's name in the catalog; its versions count up."""
+    base: Base
+    method: AnyMethod
+    objective: AnyObjective = SFT()
+    data: Data
+    training: Training
+    resources: Resources = Resources()
+    seed: int = Field(0, ge=0, le=2**31 - 1)

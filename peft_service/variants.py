@@ -1,0 +1,44 @@
+"""The one plug-in rule: a file in a folder is a variant, a frozen pydantic model tagged by `kind`."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from typing import Annotated, Any, Union
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Frozen(BaseModel):
+    """A value: immutable, and an unknown key is an error instead of a silent typo."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def variants_of(parent: type[Frozen], package: str, path: Iterable[str]) -> tuple[type[Frozen], ...]:
+    """Import every module of `package` and return `parent`'s direct subclasses, sorted by `kind`.
+
+    Raises:
+        TypeError: a variant has no literal default for `kind`, or two variants share one.
+    """
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
+    variants = sorted(parent.__subclasses__(), key=lambda variant: str(kind_of(variant)))
+    kinds = [kind_of(variant) for variant in variants]
+    if len(set(kinds)) != len(kinds):
+        raise TypeError(f"two variants in {package} share a kind: {kinds}")
+    return tuple(variants)
+
+
+def kind_of(variant: type[Frozen]) -> str:
+    """The name a user writes for this variant."""
+    field = variant.model_fields.get("kind")
+    if field is None or not isinstance(field.default, str):
+        raise TypeError(f"{variant.__name__} needs `kind: Literal['…'] = '…'`")
+    return field.default
+
+
+def union_of(variants: tuple[type[Frozen], ...]) -> Any:
+    """The tagged union of `variants`, for use as a field's type."""
+    if len(variants) == 1:
+        return variants[0]
+    return Annotated[Union[variants], Field(discriminator="kind")]
