@@ -1,0 +1,55 @@
+# Every target bootstraps its own .venv with plain pip; nothing else is needed but Python 3.11+, pip and a C compiler.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraints.txt
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up down test check format bench test-long clean
+
+help: ## print this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/service: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the service into $(VENV) (a few minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/developer: $(VENV)/service
+	@echo "installing the test and check tools"
+	@$(PIP) -e '.[postgres,dev]'
+	@touch $@
+
+demo: $(VENV)/service ## one command: a real fine-tuning job from REST request to a proven adapter, before and after
+	@$(BIN)/peft-service demo
+
+up: $(VENV)/service ## start the service on 127.0.0.1:8000
+	@$(BIN)/peft-service up
+
+down: $(VENV)/service ## stop exactly what `make up` started
+	@$(BIN)/peft-service down
+
+test: $(VENV)/developer ## the tests, on real parts (under 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m "not long"
+
+test-long: $(VENV)/developer ## the long suites: kill -9 everywhere, two-node clusters, S3 outages
+	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m long
+
+check: $(VENV)/developer ## lint, format, types, import rules, docs in step with the code
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python tools/check_docs.py
+
+format: $(VENV)/developer ## put the code into its standard format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/developer ## the figures of the README: latency, listing, time to first step, own share
+	@$(BIN)/python -m tests.benchmarks.run
+
+clean: ## remove the environment and the caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
