@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from peft_service.errors import InvalidRequest
 
@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     ray_address: str | None = Field(
         None, validation_alias=AliasChoices(f"{PREFIX}RAY_ADDRESS", "RAY_ADDRESS"), min_length=1
     )
-    """Join this cluster: its dashboard (`http://host:8265`) or its GCS (`host:6379`). None: start a local one."""
+    """Join this cluster: its dashboard (`http://host:8265`) or GCS (`host:6379`). None: start a local one."""
     train_ray_address: str | None = None
     """Dashboard URL of a separate cluster that trains. None: the cluster that serves also trains."""
     ray_auth_token: str | None = Field(
@@ -173,7 +173,14 @@ class _Only(Settings):
     """Settings that take no value from the environment."""
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> Any:
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
 
