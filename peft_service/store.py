@@ -8,8 +8,8 @@ What every store promises (`tests/peft_service/test_store.py` runs one suite on 
 - Errors are the classes of `peft_service.errors`; `StoreUnavailable` is the only one worth a retry,
   and `patient()` does that retry.
 
-What no store promises: `if_absent` as a lock. It is atomic on file://, on AWS and for single PUTs on Ceph. But
-OpenStack Swift lets several of a tight race win, and Ceph ignores the condition when a multipart upload
+What no store promises: `if_absent` as a lock. It is atomic on file://, on AWS and for single PUTs on Ceph.
+But OpenStack Swift lets several of a tight race win, and Ceph ignores the condition when a multipart upload
 completes. So a commit is decided in the database; `if_absent` is defence in depth.
 """
 
@@ -58,8 +58,8 @@ class ObjectInfo:
 class Store(Protocol):
     """Objects under keys like `a/b/c` (see `check_key`), below one URL.
 
-    Every method may raise StoreDenied and StoreUnavailable; what else it raises is said with it. A store may be
-    used by several threads, after a fork, and may be pickled.
+    Every method may raise StoreDenied and StoreUnavailable; what else it raises is said with it. A store may
+    be used by several threads, after a fork, and may be pickled.
     """
 
     @property
@@ -75,7 +75,7 @@ class Store(Protocol):
         """The whole object. Raises ObjectNotFound."""
 
     def read(self, key: str, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-        """Chunks of at most 1 MiB, from byte `start`, at most `size` bytes; nothing if it starts after the end.
+        """Chunks of at most 1 MiB, from byte `start`, at most `size` bytes; nothing past the end.
 
         Raises ObjectNotFound at the call, not at the first chunk, so that a caller can still answer 404.
         """
@@ -86,7 +86,7 @@ class Store(Protocol):
     def info(self, key: str) -> ObjectInfo | None: ...
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key starts with the string `prefix`, sorted by key (in UTF-8), a page at a time."""
+        """Every object whose key starts with the string `prefix`, sorted by key, fetched a page at a time."""
 
     def copy(self, source: str, target: str) -> None:
         """Copy without moving bytes through this process where the store can. Raises ObjectNotFound."""
@@ -171,8 +171,8 @@ class FileStore:
     """A directory. Objects are plain files, so other programs can read an adapter where it lies.
 
     A write goes to `<root>/.tmp/`, is fsynced, and is then renamed (or, with `if_absent`, linked) to its key;
-    the folder is fsynced too. So the order of writes survives a power loss: whoever sees the manifest that was
-    written last also sees the files it names. Root must be one filesystem with hard links, local or NFS.
+    the folder is fsynced too. So the order of writes survives a power loss: whoever sees the manifest that
+    was written last also sees the files it names. The root must be one filesystem with hard links.
 
     Unlike S3, a file system cannot hold both `a` and `a/b`: the second is a StoreError.
     """
@@ -539,7 +539,7 @@ class _Patient:
 
 
 class _Wait:
-    """Sleeps twice as long every time, up to 10 s, with jitter so that many waiters do not come back at once."""
+    """Sleeps twice as long every time, up to 10 s, with jitter: many waiters must not come back at once."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
