@@ -1,4 +1,4 @@
-"""The manifests of infra/ are accepted by KubeRay 1.7's own schemas, and they agree with each other and with the code."""
+"""The manifests are accepted by KubeRay 1.7's own schemas, and agree with each other and with the code."""
 
 import importlib.util
 import re
@@ -103,7 +103,7 @@ def test_a_pod_runs_unprivileged_with_requests_equal_to_limits(pod: dict[str, An
 
 @every_pod
 def test_service_links_are_off(pod: dict[str, Any]) -> None:
-    """The Service `peft-service-serve-svc` would give every pod PEFT_SERVICE_SERVE_SVC_…, unknown to settings."""
+    """The Service `peft-service-serve-svc` would give pods PEFT_SERVICE_SERVE_SVC_…, unknown to settings."""
     assert pod["spec"]["enableServiceLinks"] is False
 
 
