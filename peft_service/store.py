@@ -23,7 +23,8 @@ import secrets
 import shutil
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -109,6 +110,8 @@ def open_store(url: str) -> Store:
     """
     if url.startswith("file://"):
         return FileStore(url)
+    if url.startswith("s3://"):
+        return S3Store(url)
     raise InvalidRequest(
         f"store URL {_without_password(url)!r} is neither file:///directory nor s3://bucket/prefix",
         param="store_url",
@@ -398,6 +401,340 @@ def _save(chunks: Iterable[bytes], path: Path) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+class S3Store:
+    """A bucket, or the part of it below a prefix, on AWS or any S3-compatible server.
+
+    The client is made when it is first needed, once in each process: a forked child must not talk on its
+    parent's connections, and a pickled store is nothing but its URL.
+    """
+
+    page_size = 1000
+    """Keys per page of a listing, the most that S3 gives."""
+    part_size = 8 * 1024 * 1024
+    """Bytes per part of an upload, at least: a larger file is sent in several parts (S3 allows 10,000)."""
+    copy_size = 1024**3
+    """A larger object is copied in parts of this many bytes. S3 asks for parts above 5 GiB only; but a server
+    may answer when all is copied, and one request has to fit into the read timeout."""
+
+    def __init__(self, url: str) -> None:
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        prefix = prefix.rstrip("/")
+        if not url.startswith("s3://") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}", bucket):
+            raise InvalidRequest(
+                f"store URL {_without_password(url)!r} is not s3://bucket/prefix; endpoint and "
+                "credentials come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                param="store_url",
+            )
+        self.bucket = bucket
+        self._root = check_key(prefix) + "/" if prefix else ""
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._made: tuple[int, Any] | None = None
+        self._bucket_seen = False
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.url!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return S3Store, (self.url,)
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        place, condition = self._place(key), {"IfNoneMatch": "*"} if if_absent else {}
+        try:
+            with self._errors(key) as client:
+                client.put_object(**place, Body=data, **condition)
+        except ObjectExists as error:
+            # botocore tries again by itself: then what exists may be what the first try wrote.
+            if not (_retried(error) and self.get(key) == data):
+                raise
+
+    def put_file(self, key: str, path: Path, *, if_absent: bool = False) -> None:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= self.part_size:
+                self.put(key, file.read(), if_absent=if_absent)
+                return
+            parts = _parts(size, max(self.part_size, -(-size // 10_000)))
+
+            def send(client: Any, where: dict[str, Any], start: int, end: int) -> str:
+                data = os.pread(file.fileno(), end - start, start)
+                if len(data) != end - start:
+                    raise InvalidRequest(f"{path} became shorter while it was uploaded to {key!r}")
+                return str(client.upload_part(**where, Body=data)["ETag"])
+
+            self._in_parts(key, parts, send, if_absent)
+
+    def get(self, key: str) -> bytes:
+        place = self._place(key)
+        with self._errors(key) as client, contextlib.closing(client.get_object(**place)["Body"]) as body:
+            return bytes(body.read())
+
+    def read(self, key: str, start: int = 0, size: int | None = None) -> Iterator[bytes]:
+        _check_range(start, size)
+        place = self._place(key)
+        if size == 0:  # an HTTP range cannot be empty
+            if self.info(key) is None:
+                raise ObjectNotFound(f"there is no object {key!r} in {self.url}")
+            return iter(())
+        if start or size is not None:
+            place["Range"] = f"bytes={start}-" if size is None else f"bytes={start}-{start + size - 1}"
+        try:
+            with self._errors(key) as client:
+                body = client.get_object(**place)["Body"]
+        except StoreError as error:
+            if _response(error).get("HTTPStatusCode") == 416:  # it starts after the end
+                return iter(())
+            raise
+        return self._chunks(key, body)
+
+    def _chunks(self, key: str, body: Any) -> Iterator[bytes]:
+        with self._errors(key), contextlib.closing(body):
+            while chunk := body.read(CHUNK):
+                yield chunk
+
+    def download(self, key: str, path: Path) -> None:
+        _save(self.read(key), path)
+
+    def info(self, key: str) -> ObjectInfo | None:
+        place = self._place(key)
+        try:
+            with self._errors(key) as client:
+                head = client.head_object(**place)
+        except ObjectNotFound:
+            # The answer to a HEAD has no body, so it does not say whether it is the bucket that is missing.
+            if not self._bucket_seen:
+                with self._errors("") as client:
+                    client.head_bucket(Bucket=self.bucket)
+                self._bucket_seen = True
+            return None
+        return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return self._pages(_check_prefix(prefix))
+
+    def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
+        with self._errors(prefix) as client:
+            pages = iter(
+                client.get_paginator("list_objects_v2").paginate(
+                    Bucket=self.bucket,
+                    Prefix=self._root + prefix,
+                    PaginationConfig={"PageSize": self.page_size},
+                )
+            )
+        while True:
+            with self._errors(prefix):
+                page = next(pages, None)
+            if page is None:
+                return
+            for found in page.get("Contents", ()):
+                key = found["Key"].removeprefix(self._root)
+                if not _reason_against(key):  # as the "folder/" that a web console makes
+                    yield ObjectInfo(key, found["Size"], found["LastModified"].timestamp())
+
+    def copy(self, source: str, target: str) -> None:
+        origin, place = self._place(source), self._place(target)
+        info = self.info(source)
+        if info is None:
+            raise ObjectNotFound(f"there is no object {source!r} in {self.url}")
+        if source == target:
+            return
+        if info.size <= self.copy_size:
+            with self._errors(source) as client:
+                client.copy_object(**place, CopySource=origin)
+            return
+
+        def send(client: Any, where: dict[str, Any], start: int, end: int) -> str:
+            copied = client.upload_part_copy(
+                **where, CopySource=origin, CopySourceRange=f"bytes={start}-{end - 1}"
+            )
+            return str(copied["CopyPartResult"]["ETag"])
+
+        self._in_parts(target, _parts(info.size, max(self.copy_size, -(-info.size // 10_000))), send)
+
+    def delete(self, key: str) -> None:
+        place = self._place(key)
+        with contextlib.suppress(ObjectNotFound), self._errors(key) as client:
+            client.delete_object(**place)
+
+    def presign(self, key: str, seconds: int, filename: str | None = None) -> str | None:
+        if not 1 <= seconds <= 7 * 24 * 3600:
+            raise InvalidRequest(f"a presigned URL is valid for 1 s to 7 days, not for {seconds} s")
+        parameters = self._place(key)
+        if filename is not None:
+            parameters["ResponseContentDisposition"] = attachment(filename)
+        with self._errors(key) as client:
+            return str(client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=seconds))
+
+    def _place(self, key: str) -> dict[str, Any]:
+        return {"Bucket": self.bucket, "Key": self._root + check_key(key)}
+
+    def _in_parts(
+        self,
+        key: str,
+        parts: Sequence[tuple[int, int]],
+        send: Callable[[Any, dict[str, Any], int, int], str],
+        if_absent: bool = False,
+    ) -> None:
+        """A multipart upload: `send` puts one part, bytes start to end, and returns its ETag.
+
+        The object appears with the last request. Parts of an upload that could not be aborted (the server was
+        gone) stay invisible but take space: give the bucket a lifecycle rule for incomplete uploads.
+        """
+        place = self._place(key)
+        if if_absent:
+            self._refuse_existing(key)
+        with self._errors(key) as client:
+            where = place | {"UploadId": client.create_multipart_upload(**place)["UploadId"]}
+        try:
+            with self._errors(key), ThreadPoolExecutor(4, "store-part") as pool:
+
+                def send_one(numbered: tuple[int, tuple[int, int]]) -> dict[str, Any]:
+                    number, (start, end) = numbered
+                    tag = send(client, where | {"PartNumber": number}, start, end)
+                    return {"PartNumber": number, "ETag": tag}
+
+                sent = list(pool.map(send_one, enumerate(parts, 1)))
+            if if_absent:
+                self._refuse_existing(key)  # again, because Ceph ignores the condition of the next request
+            with self._errors(key):
+                condition = {"IfNoneMatch": "*"} if if_absent else {}
+                client.complete_multipart_upload(**where, MultipartUpload={"Parts": sent}, **condition)
+        except BaseException:
+            with contextlib.suppress(StoreError), self._errors(key):
+                client.abort_multipart_upload(**where)
+            raise
+
+    def _refuse_existing(self, key: str) -> None:
+        if self.info(key) is not None:
+            raise ObjectExists(f"{key!r} already exists in {self.url}; it was left as it is")
+
+    def _client(self) -> Any:
+        made = self._made
+        if made is None or made[0] != os.getpid():
+            import boto3  # here, because it takes longer than the CLI may
+            from botocore.config import Config
+
+            settings: dict[str, Any] = {
+                "connect_timeout": 5,
+                "read_timeout": 60,
+                "max_pool_connections": 32,
+                "retries": {"mode": "standard", "total_max_attempts": 3},
+                "tcp_keepalive": True,
+                # boto3's own default sends checksums as trailers, which some S3-compatible servers refuse.
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            }
+            session = boto3.session.Session()  # its own: the default session is not safe under threads
+            try:
+                client = session.client("s3", config=Config(**settings))
+                if not client.meta.endpoint_url.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+                    # Another server seldom has a DNS name per bucket.
+                    client = session.client("s3", config=Config(**settings, s3={"addressing_style": "path"}))
+            except ValueError as error:
+                raise StoreDenied(f"cannot use {self.url}: {error}; check AWS_ENDPOINT_URL") from error
+            made = self._made = (os.getpid(), client)
+        return made[1]
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[Any]:
+        """The client; what it raises inside the block becomes one of our errors."""
+        from botocore import exceptions
+        from botocore.parsers import ResponseParserError
+
+        try:
+            yield self._client()
+        except exceptions.ClientError as error:
+            raise self._meaning(error.response, key) from error
+        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+            raise StoreDenied(
+                f"no credentials for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or give this machine a role"
+            ) from error
+        except (
+            exceptions.ConnectionError,
+            exceptions.HTTPClientError,
+            exceptions.IncompleteReadError,
+            exceptions.FlexibleChecksumError,
+            exceptions.CredentialRetrievalError,
+            exceptions.MetadataRetrievalError,
+            ResponseParserError,  # a proxy's error page instead of XML
+        ) as error:
+            reason = _without_password(str(error))
+            if "CERTIFICATE_VERIFY_FAILED" in reason:
+                raise StoreDenied(f"{self.url}: {reason}; check AWS_CA_BUNDLE") from error
+            raise StoreUnavailable(
+                f"{self.url} does not answer ({reason}); check that the server of AWS_ENDPOINT_URL is up"
+            ) from error
+        except exceptions.BotoCoreError as error:
+            reason = _without_password(str(error))
+            raise StoreDenied(f"cannot use {self.url}: {reason}; check the AWS_* settings") from error
+
+    def _meaning(self, response: Any, key: str) -> StoreError:
+        code = str(response.get("Error", {}).get("Code", ""))
+        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        said = f"{self.url} said {status} {code}"
+        if code == "NoSuchBucket" or (status == 404 and not key):
+            return StoreDenied(
+                f"there is no bucket {self.bucket!r} ({said}); create it or correct the store URL"
+            )
+        if code == "RequestTimeTooSkewed":
+            return StoreDenied(f"{said}: the clocks of this machine and of the server differ; set the clock")
+        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
+            return StoreDenied(
+                f"{said} for {key!r}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+            )
+        if status in (301, 307) or code in (
+            "AuthorizationHeaderMalformed",
+            "IllegalLocationConstraintException",
+        ):
+            return StoreDenied(f"{said} for {key!r}: the bucket is in another region; set AWS_REGION")
+        if status in (401, 403):
+            return StoreDenied(
+                f"{said} for {key!r}; check that the credentials in AWS_ACCESS_KEY_ID may read, write "
+                f"and list the bucket {self.bucket!r}"
+            )
+        if code in _PASSING or status in (408, 409, 429) or (status >= 500 and status != 501):
+            return StoreUnavailable(f"{said} for {key!r}; the server is overloaded or being repaired")
+        if status == 404:
+            return ObjectNotFound(f"there is no object {key!r} in {self.url}")
+        if status == 412:
+            return ObjectExists(f"{key!r} already exists in {self.url}; it was left as it is")
+        message = response.get("Error", {}).get("Message", "")
+        return StoreError(f"{said} for {key!r}: {_without_password(str(message))}")
+
+
+_PASSING = frozenset(
+    (
+        "BadDigest",
+        "IncompleteBody",
+        "NoSuchUpload",
+        "RequestTimeout",
+        "SlowDown",
+        "Throttling",
+        "XAmzContentSHA256Mismatch",
+    )
+)
+"""Codes of 4xx answers that the same request may not meet again: broken on the way, or too much at once."""
+
+
+def _response(error: StoreError) -> dict[str, Any]:
+    """What botocore knows of the answer that became `error`."""
+    return dict(getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}))
+
+
+def _retried(error: StoreError) -> bool:
+    return bool(_response(error).get("RetryAttempts"))
+
+
+def _parts(size: int, part: int) -> list[tuple[int, int]]:
+    return [(start, min(start + part, size)) for start in range(0, size, part)]
+
+
+def attachment(filename: str) -> str:
+    """A Content-Disposition that makes a browser save the body as `filename` (RFC 6266)."""
+    plain = re.sub(r"[^A-Za-z0-9._ -]", "_", filename)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(filename, safe='')}"
 
 
 T = TypeVar("T")
