@@ -1,0 +1,547 @@
+"""Base models: where they are, what shape they have, and how they are loaded.
+
+`inspect` and `fetch` read config.json and safetensors headers only, so the API can call them without torch.
+Nothing is ever unpickled and no code of a repository is ever run: safetensors, json and tokenizer files only.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from peft_service.errors import StoreError, UnknownBase
+from peft_service.spec import Base
+from peft_service.variants import Frozen
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+WANTED = re.compile(
+    r"^(config\.json|generation_config\.json|[^/]*\.safetensors|model\.safetensors\.index\.json|tokenizer\.json"
+    r"|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|tokenizer\.model|vocab\.json|merges\.txt"
+    r"|chat_template\.(jinja|json)|README\.md|LICENSE[^/]*)$"
+)
+"""The only files that are fetched. Anything else in a repository (.bin, .py, .gguf) is never read."""
+
+MAX_HEADER_BYTES = 100 << 20
+"""The safetensors format's own limit."""
+
+SAMPLED_ABOVE_BYTES = 1 << 30
+_BLOCK = 1 << 20
+_BLOCKS = 256
+
+_DTYPE_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_OUTPUT_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)$")
+_NOT_LINEAR = re.compile(r"embed|(^|\.)(wte|wpe|wse)$|norm|\.experts\.|rotary")
+
+
+class ModelShape(Frozen):
+    """What the arithmetic of plans and methods needs to know about a base."""
+
+    layers: int
+    hidden: int
+    vocab: int
+    linears: tuple[tuple[str, int, int], ...]
+    """(module name, d_out, d_in) of every linear layer but the output head and routed experts."""
+    parameters: int
+    bytes: int
+    """Bytes of the weights as stored."""
+    dtype: str
+    """torch's name of the dtype most weights are stored in."""
+    tied: bool
+    """The output head is the embedding."""
+
+
+class BaseInfo(Frozen):
+    """What `inspect` found."""
+
+    uri: str
+    revision: str | None
+    digest: str
+    shape: ModelShape
+    architecture: str
+    license: str | None
+    has_chat_template: bool
+    context_length: int | None
+
+
+class _Source(Protocol):
+    """Random access to the files of one base, wherever it is."""
+
+    def sizes(self) -> dict[str, int]: ...
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes: ...
+
+
+def inspect(uri: str) -> BaseInfo:
+    """Read config.json and the safetensors headers of the base at `uri`. No torch, no download of weights.
+
+    Raises:
+        UnknownBase: there is nothing, it is not safetensors, needs remote code, or is no decoder.
+    """
+    source: _Source
+    revision = None
+    if uri.startswith("hf://"):
+        hub = _HubSource(uri)
+        source, revision = hub, hub.revision
+        digest = _digest_of_lines(hub.identities)
+    else:
+        source = _source_of(uri)
+        digest = digest_of(source)
+    config, names = _checked(uri, source)
+    shape = _shape_of(uri, config, source, names)
+    text = config.get("text_config", config)
+    tokenizer_config = {}
+    if "tokenizer_config.json" in names:
+        tokenizer_config = _json_of(uri, source, "tokenizer_config.json")
+    return BaseInfo(
+        uri=uri,
+        revision=revision,
+        digest=digest,
+        shape=shape,
+        architecture=config["architectures"][0],
+        license=_license_of(source, names),
+        has_chat_template="chat_template.jinja" in names or bool(tokenizer_config.get("chat_template")),
+        context_length=text.get("max_position_embeddings") or text.get("n_positions"),
+    )
+
+
+def shape_of_directory(directory: Path, uri: str | None = None) -> ModelShape:
+    """The shape of a base that is already on this machine; `uri` is what errors call it.
+
+    Raises:
+        UnknownBase: see `inspect`.
+    """
+    uri = uri or str(directory)
+    source = _DirectorySource(directory)
+    config, names = _checked(uri, source)
+    return _shape_of(uri, config, source, names)
+
+
+def digest_of(source: _Source) -> str:
+    """sha256 over the sorted names, sizes and contents of the weights, the config and the tokenizer files.
+
+    Of a file above 1 GiB, 256 evenly spaced blocks of 1 MiB (the header among them) stand for the contents:
+    a 100 GB base is told from another in seconds, and two trainings of one shape differ in every block.
+    """
+    lines = []
+    for name, size in sorted(source.sizes().items()):
+        if name == "README.md" or name.startswith("LICENSE"):
+            continue
+        sha = hashlib.sha256()
+        if size <= SAMPLED_ABOVE_BYTES:
+            for start in range(0, size, 16 * _BLOCK):
+                sha.update(source.read(name, start, min(16 * _BLOCK, size - start)))
+        else:
+            for block in range(_BLOCKS):
+                sha.update(source.read(name, (size - _BLOCK) * block // (_BLOCKS - 1), _BLOCK))
+        lines.append(f"{name} {size} {sha.hexdigest()}")
+    return _digest_of_lines(lines)
+
+
+def fetch(base: Base, cache: Path) -> Path:
+    """The directory that holds `base` on this machine.
+
+    `file://` is used in place; `s3://` and `hf://` are downloaded once into `cache`, whatever number of
+    processes ask at the same time.
+
+    Raises:
+        UnknownBase: see `inspect`.
+        StoreUnavailable: the object store does not answer; worth a retry.
+    """
+    if base.uri.startswith("file://"):
+        directory = _file_directory(base.uri)
+        shape_of_directory(directory, base.uri)
+        return directory
+    name = hashlib.sha256(f"{base.uri}@{base.revision}#{base.digest}".encode()).hexdigest()[:24]
+    target = cache / name
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f"{name}.lock"):
+        if not target.exists():
+            partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
+            try:
+                if base.uri.startswith("hf://"):
+                    _download_from_hub(base, partial)
+                else:
+                    _download_from_store(base.uri, partial)
+                shape_of_directory(partial, base.uri)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def load(
+    directory: Path, *, precision: str, quantize: str | None = None, device: "torch.device | str" = "cpu"
+) -> "nn.Module":
+    """The frozen base as a transformers model in eval mode, in float32 or bfloat16, optionally held in
+    NF4."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    options: dict[str, Any] = {}
+    if quantize == "nf4":
+        # Storage in the compute dtype lets ZeRO-3 shard the packed weights together with the others.
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,
+        )
+        if str(device) != "cpu":
+            options["device_map"] = {"": str(device)}
+    elif str(device) != "cpu" and not _zero_init_is_on():
+        options["device_map"] = {"": str(device)}
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        **options,
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if quantize == "nf4":
+        import bitsandbytes
+
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                # On AVX512-BF16 CPUs the first eval forward repacks the weights in place, and everything that
+                # reads them afterwards reads garbage.
+                module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The base's own tokenizer.
+
+    Raises:
+        UnknownBase: there is none that works without remote code.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnknownBase(f"no tokenizer that loads without remote code: {error}", param="model") from error
+
+
+def linear_bytes(model: "nn.Module") -> tuple[int, int]:
+    """(bytes stored, weights held) of the frozen linear layers, scales and codebooks of NF4 included.
+
+    Four bits with double quantisation are 0.516 bytes a weight, bf16 two, fp32 four.
+    """
+    import torch
+
+    stored = weights = 0
+    for name, module in model.named_modules():
+        if _OUTPUT_HEAD.search(name) or not isinstance(module, torch.nn.Linear):
+            continue
+        weight = module.weight
+        if weight.requires_grad or "lora_" in name:
+            continue
+        stored += weight.numel() * weight.element_size()
+        quantised = getattr(weight, "quant_state", None)
+        weights += weight.numel() if quantised is None else int(torch.Size(quantised.shape).numel())
+        if quantised is not None:
+            state = quantised.as_dict(packed=True)
+            stored += sum(t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t))
+    return stored, weights
+
+
+def _zero_init_is_on() -> bool:
+    """True while ZeRO-3 shards weights as they are loaded; it places them itself."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+def _checked(uri: str, source: _Source) -> tuple[dict[str, Any], set[str]]:
+    names = set(source.sizes())
+    if "config.json" not in names:
+        raise UnknownBase(
+            f"{uri}: no config.json there; give a transformers model's directory.", param="model"
+        )
+    config = _json_of(uri, source, "config.json")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UnknownBase(
+            f"{uri}: no .safetensors file. Pickled weights (.bin, .pt) are never loaded; convert the model "
+            f"with "
+            "`save_pretrained` of a current transformers.",
+            param="model",
+        )
+    known = _known_model_types()
+    if config.get("auto_map") and config.get("model_type") not in known:
+        raise UnknownBase(
+            f"{uri}: model type {config.get('model_type')!r} needs code from its repository (auto_map), "
+            f"and remote "
+            "code is never run. Use a model that transformers itself knows.",
+            param="model",
+        )
+    if config.get("quantization_config"):
+        raise UnknownBase(
+            f"{uri}: the weights are already quantised "
+            f"({config['quantization_config'].get('quant_method', 'unknown method')}). Give the original "
+            f"weights, "
+            'and base.quantize = "nf4" for 4 bits.',
+            param="model",
+        )
+    architectures = config.get("architectures") or []
+    if not architectures or not re.search(r"(ForCausalLM|LMHeadModel)$", architectures[0]):
+        raise UnknownBase(
+            f"{uri}: architecture {architectures[:1] or 'unnamed'} is no decoder language model "
+            "(…ForCausalLM); only those can be fine-tuned.",
+            param="model",
+        )
+    return config, names
+
+
+def _known_model_types() -> set[str]:
+    """Model types transformers has code for, read from its tree: importing transformers would import
+    torch."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return set()
+    models = Path(next(iter(spec.submodule_search_locations))) / "models"
+    return {entry.name.replace("-", "_") for entry in models.iterdir() if entry.is_dir()}
+
+
+def _shape_of(uri: str, config: dict[str, Any], source: _Source, names: set[str]) -> ModelShape:
+    text = config.get("text_config", config)
+    tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)))
+    transposed = config.get("model_type") in {"gpt2", "gpt_bigcode", "imagegpt"}
+    linears: list[tuple[str, int, int]] = []
+    bytes_by_dtype: dict[str, int] = {}
+    parameters = 0
+    for name in sorted(names):
+        if not name.endswith(".safetensors"):
+            continue
+        for tensor, entry in _header(uri, source, name).items():
+            module = tensor.removesuffix(".weight")
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+            if tied and _OUTPUT_HEAD.search(module):
+                continue  # some repositories store the tied head a second time
+            numel = size * 8 // _DTYPE_BITS.get(entry["dtype"], 8)
+            parameters += numel
+            bytes_by_dtype[entry["dtype"]] = bytes_by_dtype.get(entry["dtype"], 0) + size
+            shape = entry["shape"]
+            if (
+                tensor.endswith(".weight")
+                and len(shape) == 2
+                and not _OUTPUT_HEAD.search(module)
+                and not _NOT_LINEAR.search(module.lower())
+            ):
+                d_out, d_in = reversed(shape) if transposed else shape
+                linears.append((module, d_out, d_in))
+    dtype = max(bytes_by_dtype, key=lambda key: bytes_by_dtype[key])
+    return ModelShape(
+        layers=text.get("num_hidden_layers") or text.get("n_layer") or 0,
+        hidden=text.get("hidden_size") or text.get("n_embd") or 0,
+        vocab=text.get("vocab_size") or 0,
+        linears=tuple(linears),
+        parameters=parameters,
+        bytes=sum(bytes_by_dtype.values()),
+        dtype=_DTYPE_NAMES.get(dtype, dtype.lower()),
+        tied=tied,
+    )
+
+
+def _header(uri: str, source: _Source, name: str) -> dict[str, Any]:
+    """The tensors of a safetensors file: 8 bytes little-endian length, then JSON."""
+    try:
+        (length,) = struct.unpack("<Q", source.read(name, 0, 8))
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"header of {length} bytes")
+        header = json.loads(source.read(name, 8, length))
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            _ = entry["dtype"], entry["shape"], entry["data_offsets"][1]
+    except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UnknownBase(f"{uri}: {name} is no safetensors file ({error}).", param="model") from error
+    return dict(header)
+
+
+def _json_of(uri: str, source: _Source, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(source.read(name))
+    except ValueError as error:
+        raise UnknownBase(f"{uri}: {name} is no JSON ({error}).", param="model") from error
+    if not isinstance(value, dict):
+        raise UnknownBase(f"{uri}: {name} is no JSON object.", param="model")
+    return value
+
+
+def _license_of(source: _Source, names: set[str]) -> str | None:
+    """The `license:` line of the model card's front matter."""
+    if "README.md" not in names:
+        return None
+    text = source.read("README.md", 0, 1 << 16).decode("utf-8", "replace")
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license:\s*(\S+)\s*$", front.group(1), re.MULTILINE) if front else None
+    return found.group(1).strip("'\"") if found else None
+
+
+def _digest_of_lines(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _file_directory(uri: str) -> Path:
+    directory = Path(uri.removeprefix("file://"))
+    if not directory.is_absolute() or not directory.is_dir():
+        raise UnknownBase(
+            f"{uri}: no such directory on {os.uname().nodename}. A file:// base must be an absolute path "
+            f"that "
+            "every node sees.",
+            param="model",
+        )
+    return directory
+
+
+def _source_of(uri: str) -> _Source:
+    if uri.startswith("file://"):
+        return _DirectorySource(_file_directory(uri))
+    if uri.startswith("s3://"):
+        return _StoreSource(uri)
+    raise UnknownBase(
+        f"{uri!r} is no base model address; use file:///dir, s3://bucket/prefix or hf://org/name@revision.",
+        param="model",
+    )
+
+
+class _DirectorySource:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            path.name: path.stat().st_size
+            for path in self.directory.iterdir()
+            if path.is_file() and WANTED.match(path.name)
+        }
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        with (self.directory / name).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if size is None else size)
+
+
+class _StoreSource:
+    def __init__(self, uri: str) -> None:
+        from peft_service.store import open_store
+
+        self.uri, self.store = uri, open_store(uri)
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            return {info.key: info.size for info in self.store.list("") if WANTED.match(info.key)}
+        except StoreError as error:
+            raise UnknownBase(f"{self.uri}: {error.message}", param="model") from error
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        return b"".join(self.store.read(name, start, size))
+
+
+class _HubSource:
+    """A repository on the Hugging Face Hub, read by ranges; needs the network."""
+
+    def __init__(self, uri: str) -> None:
+        from huggingface_hub import HfApi, HfFileSystem
+
+        self.uri = uri
+        repository, revision = _hub_parts(uri)
+        info = _hub_call(uri, lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
+        self.revision: str = str(info.sha)
+        self.root = f"{repository}@{self.revision}"
+        self.files = HfFileSystem()
+        wanted = [file for file in info.siblings or [] if WANTED.match(file.rfilename)]
+        self.by_name = {file.rfilename: int(file.size or 0) for file in wanted}
+        self.identities = [
+            f"{file.rfilename} {file.size} {file.lfs.sha256 if file.lfs else file.blob_id}"
+            for file in wanted
+            if file.rfilename != "README.md" and not file.rfilename.startswith("LICENSE")
+        ]
+
+    def sizes(self) -> dict[str, int]:
+        return self.by_name
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        end = None if size is None else start + size
+        path = f"{self.root}/{name}"
+        return bytes(_hub_call(self.uri, lambda: self.files.cat_file(path, start=start or None, end=end)))
+
+
+def _hub_parts(uri: str) -> tuple[str, str | None]:
+    found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", uri)
+    if not found:
+        raise UnknownBase(f"{uri!r}: write hf://org/name or hf://org/name@revision.", param="model")
+    return found.group(1), found.group(2)
+
+
+def _hub_call(uri: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    # hub errors are OSErrors; httpx's are RuntimeErrors or not
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UnknownBase(
+            f"{uri}: the Hugging Face Hub did not give it ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). "
+            "Is the name right, is HF_TOKEN set for a gated model, can this machine reach the Hub?",
+            param="model",
+        ) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in {"httpx", "httpcore", "huggingface_hub"}:
+            raise
+        raise UnknownBase(
+            f"{uri}: the Hugging Face Hub cannot be reached ({type(error).__name__}).", param="model"
+        ) from error
+
+
+def _download_from_hub(base: Base, target: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    repository, revision = _hub_parts(base.uri)
+    patterns = [
+        "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
+        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+        "chat_template.*", "README.md",
+    ]  # fmt: skip
+    _hub_call(
+        base.uri,
+        lambda: snapshot_download(
+            repository,
+            revision=base.revision or revision,
+            local_dir=target,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*", "*.py", "*.bin"],
+        ),
+    )
+
+
+def _download_from_store(uri: str, target: Path) -> None:
+    source = _StoreSource(uri)
+    for name in source.sizes():
+        source.store.download(name, target / name)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time on this machine; released by the kernel if the holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
