@@ -42,6 +42,11 @@ class Settings(BaseSettings):
     """Port of the REST API; 0 takes a free one."""
     api_replicas: int = Field(1, ge=1, le=64)
 
+    url: str | None = Field(None, min_length=1)
+    """Of the service that the client and the CLI talk to. None: the one that `up` started from `data_dir`."""
+    api_key: str | None = Field(None, repr=False, min_length=1)
+    """What the client sends. None, without `url`: the key in `data_dir`."""
+
     ray_address: str | None = Field(
         None, validation_alias=AliasChoices(f"{PREFIX}RAY_ADDRESS", "RAY_ADDRESS"), min_length=1
     )
