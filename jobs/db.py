@@ -211,6 +211,9 @@ jobs = Table(
     # job keeps it until the scheduler has seen that attempt end, and cannot start again before.
     Column("live_attempt", Integer),
     Column("live_since", Float),
+    # When the cluster accepted the live attempt. Before that, "the cluster knows no such attempt" proves
+    # nothing: the request to start it may still be on its way.
+    Column("launched_at", Float),
     Column("stopping_since", Float),
     Column("lease_owner", Text),
     Column("lease_token", Text),

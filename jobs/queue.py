@@ -17,7 +17,7 @@ for its events), so a reader who asks for what follows number n never misses one
 """
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, TypeVar
 
@@ -77,7 +77,8 @@ class NewJob:
     """The body as the client sent it, for the answer."""
     body_hash: str
     """sha256 (hex) of the canonical body: equal bodies, equal hash."""
-    plan: dict[str, Any] | None = None
+    plan: dict[str, Any]
+    """cluster.plan.Plan as JSON."""
     priority: int = PRIORITY_NORMAL
     metadata: Mapping[str, str] = field(default_factory=dict)
     idempotency_key: str | None = None
@@ -101,6 +102,7 @@ class JobRow:
     attempt: int
     live_attempt: int | None
     live_since: float | None
+    launched_at: float | None
     stopping_since: float | None
     lease_owner: str | None
     lease_token: str | None
@@ -460,25 +462,58 @@ def waiting_query(limit: int) -> Select[Any]:
     return select(jobs).where(_startable()).order_by(jobs.c.priority.desc(), jobs.c.seq).limit(limit)
 
 
-def live(source: Source) -> list[JobRow]:
-    """Jobs whose attempt may still hold resources, whatever their state."""
+@dataclass(frozen=True)
+class Live:
+    """A job whose attempt may still hold resources, whatever its state."""
+
+    job: JobRow
+    attempt: int
+    stopping_seconds: float
+    """How long ago a user asked it to end; 0 if nobody did."""
+
+
+def live(source: Source) -> list[Live]:
     with reading(source) as conn:
-        return [_plain(row) for row in conn.execute(live_query())]
+        rows = conn.execute(live_query()).all()
+    return [
+        Live(
+            JobRow(**{name: value for name, value in row._mapping.items() if name != "stopping_seconds"}),
+            row.live_attempt,
+            row.stopping_seconds or 0.0,
+        )
+        for row in rows
+    ]
 
 
 def live_query() -> Select[Any]:
-    return select(jobs).where(jobs.c.live_attempt.is_not(None)).order_by(jobs.c.seq)
+    seconds = (now() - jobs.c.stopping_since).label("stopping_seconds")
+    return select(jobs, seconds).where(jobs.c.live_attempt.is_not(None)).order_by(jobs.c.seq)
 
 
 def claim(
-    source: Source, job: str, owner: str, ttl: float, plan: dict[str, Any] | None = None
+    source: Source,
+    job: str,
+    owner: str,
+    ttl: float,
+    *,
+    plan: dict[str, Any] | None = None,
+    seen: Container[tuple[str, int]] | None = None,
 ) -> Lease | None:
-    """queued -> running as the next attempt, under a lease of `ttl` seconds. None: it is no longer startable.
+    """queued -> running as the next attempt, under a lease of `ttl` seconds.
+
+    None: it is no longer startable; or an attempt has become live that is not among `seen`, the (job, attempt)
+    pairs that the decision counted: another scheduler has used the room meanwhile, so decide again.
 
     `plan` replaces the row's plan, for an attempt that runs on another shape than the last one.
     """
     token = secrets.token_hex(16)
     with writing(source) as conn:
+        if seen is not None:
+            if conn.dialect.name == "postgresql":
+                conn.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("claim", 0))))
+            pairs = select(jobs.c.id, jobs.c.live_attempt).where(jobs.c.live_attempt.is_not(None))
+            if any((id, attempt) not in seen for id, attempt in conn.execute(pairs)):
+                return None
         row = conn.execute(
             update(jobs)
             .where(jobs.c.id == job, _startable())
@@ -487,6 +522,7 @@ def claim(
                 attempt=jobs.c.attempt + 1,
                 live_attempt=jobs.c.attempt + 1,
                 live_since=now(),
+                launched_at=None,
                 stopping_since=None,
                 metrics_part=0,
                 started_at=func.coalesce(jobs.c.started_at, now()),
@@ -578,8 +614,8 @@ def report(
     """What an attempt has told us up to metrics part number `part`, in one transaction.
 
     `values` are columns of the job (progress, phase, status_reason, trained_tokens); `reached` are
-    checkpoints (step, key, metrics). An attempt that is being stopped has no lease any more, so its row itself
-    may be the holder: it is applied while that attempt is still the live one. Told twice is told once.
+    checkpoints (step, key, metrics). An attempt that is being stopped has no lease any more, so its row
+    itself may be the holder, while that attempt is still the live one. Told twice is told once.
 
     Raises:
         LeaseLost: the job is no longer ours, or the attempt has been stopped meanwhile.
@@ -706,6 +742,22 @@ def finish(
     _append(conn, lease.job, news)
 
 
+def launched(source: Source, lease: Lease) -> None:
+    """The cluster has accepted the attempt.
+
+    Raises:
+        LeaseLost: the job is no longer ours. The attempt runs all the same: stop it.
+    """
+    with writing(source) as conn:
+        values = {"launched_at": now()}
+        # First without the lease: whoever has to stop this attempt may from now on trust what the cluster says.
+        same = and_(jobs.c.id == lease.job, jobs.c.live_attempt == lease.attempt)
+        conn.execute(update(jobs).where(same, jobs.c.launched_at.is_(None)).values(**values))
+        held = conn.scalar(select(func.count()).select_from(jobs).where(_held(lease)))
+    if not held:
+        raise _lost(lease)
+
+
 def stopped(source: Source, job: str, attempt: int) -> bool:
     """The attempt of a cancelled or paused job has ended on the cluster: its resources are free again."""
     with writing(source) as conn:
@@ -749,7 +801,7 @@ _QUEUED = jobs.c.state == literal_column("'queued'")
 _RUNNING = jobs.c.state == literal_column("'running'")
 
 _NO_LEASE = {"lease_owner": None, "lease_token": None, "lease_expires_at": None}
-_NOT_LIVE = {"live_attempt": None, "live_since": None, "stopping_since": None}
+_NOT_LIVE = {"live_attempt": None, "live_since": None, "launched_at": None, "stopping_since": None}
 
 
 def _held(lease: Lease) -> ColumnElement[bool]:

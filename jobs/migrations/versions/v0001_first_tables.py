@@ -146,6 +146,7 @@ def upgrade() -> None:
         sa.Column("attempt", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("live_attempt", sa.Integer(), nullable=True),
         sa.Column("live_since", sa.Float(), nullable=True),
+        sa.Column("launched_at", sa.Float(), nullable=True),
         sa.Column("stopping_since", sa.Float(), nullable=True),
         sa.Column("lease_owner", sa.Text(), nullable=True),
         sa.Column("lease_token", sa.Text(), nullable=True),
