@@ -2,7 +2,7 @@
 
     from jobs.client import connect
 
-    with connect() as client:                                # PEFT_SERVICE_URL and PEFT_SERVICE_API_KEY, or the local one
+    with connect() as client:  # PEFT_SERVICE_URL and PEFT_SERVICE_API_KEY, or the service that runs here
         file = client.upload(Path("train.jsonl"))
         job = client.submit({"model": "Qwen/Qwen3-0.6B", "training_file": file.id})
         for update in client.follow(job.id):
@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -218,7 +218,7 @@ class Client:
         """Store a file; the service checks every line of it.
 
         Raises:
-            InvalidTrainingFile: `details["errors"]` lists the bad lines (100 at most), `error_count` counts them.
+            InvalidTrainingFile: `details["errors"]` lists the bad lines (100 at most), `error_count` counts.
         """
         if not path.is_file():
             raise InvalidRequest(f"{path} is not a file", param="file")
@@ -415,7 +415,8 @@ class Client:
                 yield len(chunk)
         if digest.hexdigest() != file.sha256:
             raise ChecksumMismatch(
-                f"{file.path} arrived with sha256 {digest.hexdigest()}, but {file.sha256} was announced; pull again"
+                f"{file.path} arrived with sha256 {digest.hexdigest()}, "
+                f"but {file.sha256} was announced; pull again"
             )
 
     # --------------------------------------------------------------------------------------------- transport
@@ -602,7 +603,7 @@ def _backoff(attempt: int, asked: str | None) -> float:
             return min(LONGEST_WAIT_SECONDS, max(0.0, float(asked)))
     except ValueError:
         pass  # a date: our service sends seconds
-    return min(8.0, 0.25 * 2**attempt) * random.uniform(0.75, 1)
+    return min(8.0, 0.25 * 2.0**attempt) * random.uniform(0.75, 1)
 
 
 def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
