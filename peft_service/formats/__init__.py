@@ -1,0 +1,266 @@
+"""What a line of a data file looks like. One file a format; nothing else in the code knows its keys.
+
+A format recognises its rows, says everything that is wrong with one, and turns a good one into an `Example`.
+Formats know no tokenizer: `peft_service.tokenise` decides what an example's tokens are.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, NoReturn
+
+from peft_service.variants import Frozen, variants_of
+
+MAX_DEPTH = 64
+"""Objects and arrays inside one another. Deeper rows are attacks: they end renderers by recursion."""
+MAX_PROBLEMS_PER_ROW = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in a data file. A format says what, `validate` adds on which line."""
+
+    path: str
+    """Where in the row, for example `messages[3].content`; empty: the row itself."""
+    code: str
+    message: str
+    hint: str = ""
+    line: int = 0
+    """Counts from 1."""
+    byte_offset: int = 0
+    """Of the line's first byte; of the offending byte where the line is not UTF-8 or not JSON."""
+    excerpt: str = ""
+
+    def __str__(self) -> str:
+        where = ", ".join(filter(None, [f"line {self.line}" if self.line else "", self.path]))
+        return (f"{where}: " if where else "") + self.message + (f" ({self.hint})" if self.hint else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a row teaches: messages for a template, plain text, or both (then the template goes first)."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    """As a chat template takes them: content is a string, the arguments of a tool call are an object."""
+    trained: tuple[bool, ...] = ()
+    """For each message, whether its tokens are targets. Only assistant messages ever are."""
+    tools: tuple[dict[str, Any], ...] = ()
+    prompt: str = ""
+    completion: str | None = None
+    """None: the row means something only through a chat template."""
+
+
+class Format(Frozen):
+    """A record shape. Instances are stateless."""
+
+    kind: str
+
+    keys: ClassVar[tuple[str, ...]]
+    """Every key a row may have."""
+    sample: ClassVar[str]
+    """A good line, for hints and documents."""
+
+    def detect(self, row: dict[str, Any]) -> bool:
+        """Whether a row claims to be of this format, however wrong it may be otherwise."""
+        raise NotImplementedError
+
+    def check(self, row: dict[str, Any]) -> Iterator[Problem]:
+        """Yield everything that is wrong with a row. Never raises, whatever JSON can hold."""
+        raise NotImplementedError
+
+    def messages_or_text(self, row: dict[str, Any]) -> Example:
+        """The example in a row that has no problems."""
+        raise NotImplementedError
+
+    def roles(self, row: dict[str, Any]) -> Iterable[str]:
+        """The role of every message of a good row, for statistics."""
+        return ()
+
+    def problems(self, row: dict[str, Any]) -> list[Problem]:
+        """All problems of a row; of one with more than 100, the last one says that the rest is not listed."""
+        found = list(islice(self.check(row), MAX_PROBLEMS_PER_ROW + 1))
+        if len(found) > MAX_PROBLEMS_PER_ROW:
+            found[-1] = Problem("", "too_many_problems", "This row has more problems than are listed here.")
+        return found
+
+
+def unknown_keys(found: dict[str, Any], known: Collection[str], path: str = "") -> Iterator[Problem]:
+    """A problem for every key of `found` that is not in `known`, with the key that was probably meant."""
+    for key in found:
+        if key not in known:
+            yield Problem(
+                join(path, key),
+                "unknown_key",
+                f"Unknown key {shown(key)}.",
+                did_you_mean(key, known) or f"remove it; known keys are {', '.join(known)}",
+            )
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """`did you mean "prompt"?`, or nothing where nothing is near (or too much to look through)."""
+    if len(known) > 100:
+        return ""
+    near = difflib.get_close_matches(word[:64].lower(), known, n=1, cutoff=0.7)
+    return f'did you mean "{near[0]}"?' if near else ""
+
+
+def wrong_type(path: str, wanted: str, value: Any, hint: str = "") -> Problem:
+    return Problem(path, "wrong_type", f"Expected {wanted}, got {json_type(value)}.", hint)
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, str):
+        return "a string"
+    return "an array" if isinstance(value, list) else "an object"
+
+
+def join(path: str, key: str) -> str:
+    """The path of `key` inside the object at `path`."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", key):
+        return f"{path}[{shown(key)}]"
+    return f"{path}.{key}" if path else key
+
+
+def shown(text: object, limit: int = 60) -> str:
+    """A string of the user's: quoted, short, printable wherever it ends up (no NUL, no lone surrogate)."""
+    quoted = json.dumps(clean(str(text)[: limit + 1])[:limit], ensure_ascii=False)
+    return quoted if len(str(text)) <= limit else quoted + "…"
+
+
+def clean(text: str) -> str:
+    """`text` as every database and terminal can hold it: what they cannot becomes U+FFFD."""
+    if text.isprintable():  # almost always, and a hundred times faster
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+class BadJSON(ValueError):
+    """A text is not strict JSON. `position` is the character where reading ended, where it is known."""
+
+    def __init__(self, code: str, message: str, hint: str = "", position: int = 0) -> None:
+        super().__init__(message)
+        self.code, self.message, self.hint, self.position = code, message, hint, position
+
+
+def parse_json(text: str) -> tuple[Any, list[Problem]]:
+    """Read strict JSON: also what Python's reader lets pass silently is wrong.
+
+    Returns the value, and the problems of a value that could be read all the same: a key given twice, a NUL
+    or half a surrogate pair in a string (no database and no tokenizer takes them), too many levels.
+
+    Raises:
+        BadJSON: it cannot be read: syntax, NaN or Infinity, a number out of range.
+    """
+    twice: dict[int, tuple[dict[str, Any], list[str]]] = {}
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            times = Counter(key for key, _ in pairs)
+            # The object itself is kept beside its id: a dropped one could give its id to another.
+            twice[id(made)] = (made, [key for key, count in times.items() if count > 1][:5])
+        return made
+
+    try:
+        value = json.loads(text, object_pairs_hook=to_dict, parse_constant=_refuse, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        message = f"Not JSON: {error.msg}, at character {error.pos + 1}."
+        raise BadJSON("not_json", message, "", error.pos) from None
+    except RecursionError:
+        raise BadJSON("too_deep", f"Nested more than {MAX_DEPTH} levels deep.") from None
+    except BadJSON:
+        raise
+    except ValueError:  # an integer of thousands of digits
+        raise BadJSON("not_json", "Not JSON that can be read: a number has too many digits.") from None
+
+    # Almost no line needs the walk: it is taken only where its text shows that it could find something.
+    if twice or text.count("[") + text.count("{") > MAX_DEPTH or _SUSPICIOUS_ESCAPE.search(text):
+        return value, list(islice(_walk(value, twice), MAX_PROBLEMS_PER_ROW))
+    return value, []
+
+
+_SUSPICIOUS_ESCAPE = re.compile(r"\\u(?:0000|[dD][89abcdefABCDEF])")
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise BadJSON("nan", f"Not JSON: {constant} is no JSON value.", "write a number, a string or null")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise BadJSON("nan", f"The number {shown(digits, 30)} is out of range.")
+    return value
+
+
+def _walk(value: Any, twice: dict[int, tuple[dict[str, Any], list[str]]]) -> Iterator[Problem]:
+    """Problems that can be anywhere in a value. A stack, not recursion: the depth is the sender's choice."""
+    waiting: list[tuple[Any, str, int]] = [(value, "", 1)]
+    while waiting:
+        item, path, depth = waiting.pop()
+        if isinstance(item, str):
+            yield from _unstorable(item, path)
+        elif isinstance(item, (dict, list)) and depth > MAX_DEPTH:
+            yield Problem(path[:200], "too_deep", f"Nested more than {MAX_DEPTH} levels deep.")
+            return
+        elif isinstance(item, list):
+            waiting.extend((part, f"{path}[{index}]", depth + 1) for index, part in enumerate(item))
+        elif isinstance(item, dict):
+            for key in twice[id(item)][1] if id(item) in twice else ():
+                yield Problem(
+                    join(path, key), "duplicate_key", f"The key {shown(key)} is there twice.", "keep one"
+                )
+            for key in item:
+                yield from _unstorable(key, join(path, key))
+            waiting.extend((part, join(path, key), depth + 1) for key, part in item.items())
+
+
+def _unstorable(text: str, path: str) -> Iterator[Problem]:
+    if "\0" in text:
+        yield Problem(path, "nul_character", "A string holds the character U+0000.", "remove \\u0000")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        yield Problem(
+            path,
+            "lone_surrogate",
+            f"A string holds {half}, half of a surrogate pair: it is no character.",
+            "write the file as UTF-8 (in Python: json.dumps(row, ensure_ascii=False))",
+        )
+
+
+FORMATS: tuple[type[Format], ...] = variants_of(Format, __name__, __path__)  # type: ignore[assignment]
+
+
+def detect(row: dict[str, Any]) -> Format | None:
+    """The format that a row claims to be of."""
+    for variant in FORMATS:
+        made = variant()  # type: ignore[call-arg]
+        if made.detect(row):
+            return made
+    return None
+
+
+def format_of(kind: str) -> Format:
+    """The format of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for variant in FORMATS:
+        if variant.model_fields["kind"].default == kind:
+            return variant()  # type: ignore[call-arg]
+    raise KeyError(kind)
