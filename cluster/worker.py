@@ -1,0 +1,79 @@
+"""One rank of a run: what Ray Train starts on every worker."""
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft_service.run import Prepared, RunInput, work
+
+from cluster.plan import Plan
+from peft_service.errors import RunFailed
+from peft_service.store import open_store, patient
+
+
+def main(config: dict[str, Any]) -> dict[str, Any]:
+    """Do this rank's share of the run; the value of rank 0 goes back to the driver.
+
+    An error ends the whole group at once: the other ranks wait in a collective and would never know.
+    Everything comes from `config` and the store, for a worker may be on a machine of its own.
+    """
+    import ray.train
+    import ray.train.torch
+    import torch
+    from torch import nn
+
+    from cluster.engine import ZeroEngine, prepare_process
+    from peft_service.spec import Training
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    run, plan = RunInput.model_validate(config["run"]), Plan.model_validate(config["run"]["plan"])
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, int(plan.cpus_per_worker)))
+    device = str(ray.train.torch.get_device()) if plan.gpus_per_worker else "cpu"
+    prepare_process()
+
+    def build_engine(model: nn.Module, training: Training) -> ZeroEngine:
+        return ZeroEngine(
+            model,
+            training,
+            stage=plan.zero_stage,
+            precision=plan.precision,
+            offload_optimizer=plan.offload_optimizer,
+            offload_parameters=plan.offload_parameters,
+            device=device,
+        )
+
+    with tempfile.TemporaryDirectory(prefix="peft-") as workdir, _told_what_to_do(plan):
+        result = work(
+            run,
+            Prepared(**config["prepared"]),
+            patient(open_store(config["store"]), config["patience"]),
+            Path(workdir),
+            build_engine,
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            device=device,
+            precision=plan.precision,
+            microbatch=plan.microbatch,
+            gradient_checkpointing=plan.gradient_checkpointing,
+        )
+    return dataclasses.asdict(result)
+
+
+@contextlib.contextmanager
+def _told_what_to_do(plan: Plan) -> Any:
+    """Running out of GPU memory happens again on every retry, so it is the run's own failure."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"out of GPU memory with {plan.microbatch} rows per microbatch at ZeRO stage {plan.zero_stage} on "
+            f"{plan.workers} workers ({error}); set training.microbatch lower, gradient_checkpointing true, "
+            "base.quantize nf4, or a shorter max_seq_len",
+            code="out_of_memory",
+        ) from error
