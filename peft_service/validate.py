@@ -171,7 +171,7 @@ def validate(path: Path, *, limit: int = 100) -> Report:
     first_line, count, bad_lines, complete = 0, 0, 0, True
     blanks: list[Problem] = []
     blank_count = 0
-    roles, hashes, characters = Counter[str](), array("q"), array("L")
+    roles, hashes, characters = Counter[str](), array("q"), array("I")
     reading = chunks()
     foreign = ""
 
