@@ -137,6 +137,11 @@ class Adapter(Answer):
     id: str
     name: str
     version: int
+    base: str | None = None
+    method: str | None = None
+    job: str | None = None
+    location: str | None = None
+    created_at: int | None = None
 
 
 class AdapterFile(Answer):
@@ -170,17 +175,22 @@ def connect(settings: Settings | None = None) -> "Client":
 
     Raises:
         Unreachable: no URL is set, and no service was started from this data directory.
-        NotAuthenticated: no key is set, and there is none in the data directory.
+        NotAuthenticated: a URL is set, but no key.
     """
     settings = settings or load()
     url, key = settings.url, settings.api_key
     if url is None:
-        url = f"http://{settings.host}:{settings.port}"
+        url = _local_url(settings)
         key_file = settings.data_dir / "key"
         key = key or (key_file.read_text().strip() if key_file.is_file() else None)
+        if key is None:
+            raise Unreachable(
+                f"no service was started from {settings.data_dir}: `peft-service up` starts one there, "
+                "PEFT_SERVICE_URL and PEFT_SERVICE_API_KEY name another"
+            )
     if key is None:
         raise NotAuthenticated(
-            f"no API key for {url}: set PEFT_SERVICE_API_KEY (`peft-service keys create` makes one)"
+            f"no API key for {url}: set PEFT_SERVICE_API_KEY; `peft-service keys create` makes one"
         )
     return Client(url, key)
 
@@ -610,6 +620,14 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
     while size > 0 and (chunk := source.read(min(size, 1 << 20))):
         target.write(chunk)
         size -= len(chunk)
+
+
+def _local_url(settings: Settings) -> str:
+    """Where `up` said it serves; its port may have been a free one."""
+    state = settings.data_dir / "up.json"
+    if state.is_file():
+        return str(json.loads(state.read_text())["url"])
+    return f"http://{settings.host}:{settings.port}"
 
 
 def _job(job_id: str) -> str:

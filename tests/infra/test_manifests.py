@@ -1,6 +1,6 @@
 """The manifests are accepted by KubeRay 1.7's own schemas, and agree with each other and with the code."""
 
-import importlib.util
+import importlib
 import re
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.settings import PREFIX, Settings
+from jobs.settings import PREFIX, Settings, load
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -117,8 +117,6 @@ def test_every_setting_of_a_pod_exists(pod: dict[str, Any]) -> None:
 
 
 def test_the_plain_values_are_settings_that_load() -> None:
-    from jobs.settings import load
-
     (head,) = [pod for name, pod in PODS.items() if name == "control-plane:peft-service/head"]
     values = {
         entry["name"]: entry["value"] for entry in head["spec"]["containers"][0]["env"] if "value" in entry
@@ -242,14 +240,18 @@ def test_replicas_of_the_api_are_as_many_as_pods_for_them() -> None:
     assert {"name": "PEFT_SERVICE_API_REPLICAS", "value": str(group["replicas"])} in env
 
 
-def test_the_import_path_of_the_serve_app_exists() -> None:
+def test_the_serve_config_is_the_one_that_our_code_makes_for_these_settings() -> None:
+    from jobs import serve
+
     service = next(o for o in objects() if o["kind"] == "RayService")
-    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    env = {entry["name"]: entry.get("value") for entry in group["template"]["spec"]["containers"][0]["env"]}
+    settings = load({"PEFT_SERVICE_API_REPLICAS": env["PEFT_SERVICE_API_REPLICAS"]})
+    written = yaml.safe_load(service["spec"]["serveConfigV2"])
+    assert written == serve.config(settings)
+    (application,) = written["applications"]
     module, _, name = application["import_path"].partition(":")
-    found = importlib.util.find_spec(module)
-    assert found is not None
-    assert found.origin is not None
-    assert re.search(rf"^(def )?{name}\b", Path(found.origin).read_text(), re.MULTILINE)
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_one_ray_version_everywhere() -> None:
