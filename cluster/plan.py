@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from peft_service.base_model import ModelShape
+from peft_service.batches import steps_of
 from peft_service.errors import DoesNotFit, InvalidRequest
 from peft_service.spec import FineTuneSpec
 from peft_service.variants import Frozen
@@ -281,8 +282,6 @@ def _with(
     gpu: bool,
 ) -> Plan:
     """The plan for this many workers at this stage, with the largest microbatch that fits (or 1)."""
-    from peft_service.batches import steps_of
-
     training = spec.training
     steps = steps_of(spec.data.training.rows, training)
     rows_per_worker = math.ceil(training.batch_size / workers)
@@ -367,7 +366,7 @@ def _memory(
     optimizer = math.ceil(trainable * (8 if precision == "fp32" else 12) / shards[2])
 
     tokens = microbatch * training.max_seq_len
-    per_token = sum(out + inner for name, out, inner in shape.linears if not _is_head(name))
+    per_token = sum(out + inner for _, out, inner in shape.linears)
     boundary = shape.layers * shape.hidden
     if checkpointing:
         kept = boundary + math.ceil(per_token / max(1, shape.layers))
@@ -403,13 +402,9 @@ def base_bytes(shape: ModelShape, precision: Precision, quantize: str | None) ->
 
     NF4 packs the linear layers; embeddings, norms and the output head stay in `precision`.
     """
-    packed = sum(out * inner for name, out, inner in shape.linears if not _is_head(name)) if quantize else 0
+    packed = sum(out * inner for _, out, inner in shape.linears) if quantize else 0
     plain = max(0, shape.parameters - packed) * BYTES[precision]
     return plain + math.ceil(packed * NF4_BYTES_PER_PARAMETER), math.ceil(packed * NF4_QUANT_STATE)
-
-
-def _is_head(linear: str) -> bool:
-    return linear.split(".")[-1] == "lm_head"
 
 
 def _fits_device(plan: Plan, capacity: Capacity) -> bool:

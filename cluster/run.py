@@ -68,7 +68,7 @@ def drive(run: RunInput, store: Store, store_url: str, patience: float) -> Outco
     with tempfile.TemporaryDirectory(prefix="peft-") as directory:
         workdir = Path(directory)
         try:
-            # Reading the base and the data needs no cluster, connecting to it needs no data. Ray wants the main
+            # Reading base and data needs no cluster, connecting to it needs no data. Ray wants the main
             # thread: it sets the signal handlers that take the workers along when this process is ended.
             preparing = _Background(lambda: prepare(run, store, workdir))
             _connect()

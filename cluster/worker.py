@@ -72,8 +72,8 @@ def _told_what_to_do(plan: Plan) -> Any:
         yield
     except torch.OutOfMemoryError as error:
         raise RunFailed(
-            f"out of GPU memory with {plan.microbatch} rows per microbatch at ZeRO stage {plan.zero_stage} on "
-            f"{plan.workers} workers ({error}); set training.microbatch lower, gradient_checkpointing true, "
-            "base.quantize nf4, or a shorter max_seq_len",
+            f"out of GPU memory with {plan.microbatch} rows per microbatch at ZeRO stage {plan.zero_stage} "
+            f"on {plan.workers} workers ({error}); set training.microbatch lower, gradient_checkpointing "
+            "true, base.quantize nf4, or a shorter max_seq_len",
             code="out_of_memory",
         ) from error

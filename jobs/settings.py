@@ -174,6 +174,11 @@ def _from(environment: Mapping[str, str], given: dict[str, Any]) -> Settings:
     return _Only(**{**values, **given})
 
 
+def child_environment(extra: Mapping[str, str], without: tuple[str, ...] = ()) -> dict[str, str]:
+    """This process's environment (AWS_* and PATH in it) for a child, with `extra` and without the named."""
+    return {name: value for name, value in os.environ.items() if name not in without} | dict(extra)
+
+
 class _Only(Settings):
     """Settings that take no value from the environment."""
 
