@@ -137,9 +137,16 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """One real job from REST request to a proven adapter, with the same prompts before and after."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
     from jobs import demo as the_demo
 
-    raise typer.Exit(the_demo.run(data_dir, seed=seed, as_json=as_json))
+    report = the_demo.run(data_dir, Console(stderr=as_json), seed=seed)
+    if as_json:
+        _json({**asdict(report), "better": report.better})
+    raise typer.Exit(0 if report.better else 1)
 
 
 @app.command()
@@ -345,8 +352,13 @@ def plan(
         return
     chosen = answer.plan or {}
     _details({key: value for key, value in chosen.items() if key not in ("arithmetic", "memory")}, False)
-    for line in chosen.get("arithmetic", ()):
-        print(f"  {line}")
+    print()
+    for line in answer.arithmetic:
+        print(line)
+    for key, why in answer.reasons.items():
+        print(f"{key}: {why}")
+    for warning in answer.warnings:
+        _note(f"warning: {warning}")
     _note(
         f"nothing was started; `peft-service submit {body['training_file']} --model {body['model']} …` does"
     )
@@ -438,14 +450,26 @@ def watch(job_id: JobId, as_json: Json = False) -> None:
 @app.command()
 def logs(
     job_id: JobId,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
+    events: Annotated[bool, typer.Option("--events", help="The job's events, oldest first.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The events of a job, oldest first."""
+    """What an attempt prints on the cluster, or the events of the job."""
     with _client() as client:
+        if not follow and not events and as_json:
+            _json({"job": job_id, "log": client.log(job_id, attempt)})
+            return
         try:
+            printed = ""
             for update in client.follow(job_id):
-                for event in update.events:
+                if not events:
+                    text = client.log(job_id, attempt)
+                    # Another attempt begins another log.
+                    new = text.removeprefix(printed) if text.startswith(printed) else text
+                    printed = text
+                    print(new, end="", flush=True)
+                for event in update.events if events else ():
                     if as_json:
                         _json_line(event.model_dump())
                     else:
@@ -796,19 +820,22 @@ def _note(text: str) -> None:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    cells = [tuple("" if cell is None else str(cell) for cell in row) for row in rows]
+    if not sys.stdout.isatty():
+        # Nothing is folded to a width in a pipe: `peft-service jobs | grep` must see whole lines.
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        for row in (tuple(columns), *cells):
+            print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*columns, box=None, pad_edge=False, header_style="dim")
     for column in table.columns:
         column.overflow = "fold"
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    console = _console()
-    if console.is_terminal:
-        console.print(table)
-    else:  # nothing is folded to 80 columns in a pipe: `peft-service jobs | grep` must see whole lines
-        console.print(table, width=1000, soft_wrap=True)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    _console().print(table)
 
 
 def _details(values: dict[str, Any], as_json: bool) -> None:

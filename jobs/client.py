@@ -73,7 +73,8 @@ class Job(Answer):
     created_at: int
     training_file: str
     validation_file: str | None = None
-    started_at: float | None = None
+    name: str | None = None
+    started_at: int | None = None
     finished_at: int | None = None
     estimated_finish: int | None = None
     fine_tuned_model: str | None = None
@@ -91,6 +92,11 @@ class Job(Answer):
     adapter: dict[str, Any] | None = None
     attempt: int | None = None
     priority: int | None = None
+
+    @property
+    def adapter_id(self) -> str | None:
+        """Of the adapter it has published, once it has."""
+        return (self.adapter or {}).get("id")
 
     @property
     def final(self) -> bool:
@@ -154,6 +160,10 @@ class Preflight(Answer):
     """What a job would be; nothing was started."""
 
     plan: dict[str, Any] | None = None
+    """None: the cluster has not reported its nodes yet."""
+    arithmetic: list[str] = []
+    reasons: dict[str, str] = {}
+    warnings: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -307,6 +317,11 @@ class Client:
         """Newest first."""
         return self._pages(Checkpoint, f"{_job(job_id)}/checkpoints", {"limit": 100})
 
+    def log(self, job_id: str, attempt: int | None = None) -> str:
+        """What an attempt (default: the newest) has printed so far."""
+        query = {} if attempt is None else {"attempt": attempt}
+        return self._send(lambda: self._http.build_request("GET", f"{_job(job_id)}/logs", params=query)).text
+
     def follow(self, job_id: str, *, poll: float = 0.5, patience: float = 900) -> Iterator[Update]:
         """Look at a job every `poll` seconds until it is final; every event is seen once.
 
@@ -362,11 +377,16 @@ class Client:
         return self._pages(Adapter, "adapters", filters)
 
     def adapter(self, name: str) -> Adapter:
-        """By id, by name (its newest version), or by name and version: `support-bot@3`.
+        """By id, by name (its newest version), by name and version (`support-bot@3`), or by job.
 
         Raises:
             NotFound
         """
+        if name.startswith("ftjob-"):
+            made = self.job(name)
+            if made.adapter_id is None:
+                raise NotFound(f"{name} is {made.status} and has published no adapter", param="adapter")
+            name = made.adapter_id
         if name.startswith("adapter_"):
             return Adapter.model_validate(self._json("GET", f"adapters/{quote(name, safe='')}"))
         plain, _, version = name.partition("@")
@@ -485,7 +505,10 @@ class Client:
         """The answer, if it is a success; `request` builds the same request anew for every try."""
         for attempt in range(self.retries + 1):
             try:
-                response = self._http.send(request(), stream=stream)
+                asked = request()
+                if attempt:  # the header by which OpenAI's client says it: a repeated cancel is no conflict
+                    asked.headers["x-stainless-retry-count"] = str(attempt)
+                response = self._http.send(asked, stream=stream)
             except httpx.TransportError as error:
                 if attempt == self.retries:
                     raise Unreachable(

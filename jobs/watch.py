@@ -115,7 +115,6 @@ def _bar(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None, loss=None, speed=None, left=None, spark="")
-        clock = _Clock()
         for update in updates:
             job = update.job
             losses.add(update.events)
@@ -133,7 +132,7 @@ def _bar(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
                 completed=step if training else 0,
                 loss=known.get("train_loss"),
                 speed=known.get("tokens_per_second"),
-                left=clock.left(job, step, total) if training and step is not None else None,
+                left=known.get("eta_seconds"),
                 spark=sparkline(losses.series(), 20),
             )
     assert job is not None
@@ -142,7 +141,6 @@ def _bar(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
 
 def _lines(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
     losses, job, said, spoke = Losses(), None, "", 0.0
-    clock = _Clock()
     for update in updates:
         job = update.job
         losses.add(update.events)
@@ -156,7 +154,7 @@ def _lines(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
             if time.monotonic() - spoke >= LINE_SECONDS:
                 spoke = time.monotonic()
                 figures = _figures(
-                    known.get("train_loss"), known.get("tokens_per_second"), clock.left(job, step, total)
+                    known.get("train_loss"), known.get("tokens_per_second"), known.get("eta_seconds")
                 )
                 console.print(f"step {step}/{total}  {figures}", highlight=False, soft_wrap=True)
         elif reason and reason != said and not job.final:
@@ -164,24 +162,6 @@ def _lines(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
         said = reason
     assert job is not None
     return job, losses
-
-
-class _Clock:
-    """Time left, from the steps seen; the service's own estimate goes first."""
-
-    def __init__(self) -> None:
-        self.first: tuple[float, int] | None = None
-
-    def left(self, job: Job, step: int, total: int | None) -> float | None:
-        """Seconds, or None when nothing can be said yet."""
-        if job.estimated_finish is not None:
-            return max(0.0, job.estimated_finish - time.time())
-        if self.first is None or step < self.first[1]:
-            self.first = (time.monotonic(), step)
-        since, start = self.first
-        if total is None or step == start:
-            return None
-        return (time.monotonic() - since) / (step - start) * (total - step)
 
 
 class _Figures(TextColumn):
