@@ -1,7 +1,7 @@
-"""How the bytes of a request become values: strict JSON, multipart streamed to disk, errors that name the key.
+"""How the bytes of a request become values: strict JSON, forms streamed to disk, errors that name the key.
 
-FastAPI's own reading of bodies is not used: it takes a whole form before it looks at it, lets the last of two equal
-keys win, and answers an unknown key without saying which one was meant.
+FastAPI's own reading of bodies is not used: it takes a whole form before it looks at it, lets the last of two
+equal keys win, and answers an unknown key without saying which one was meant.
 """
 
 import difflib
@@ -45,7 +45,6 @@ def json_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
     async def read(request: Request) -> Model:
         return check(model, await read_object(request))
 
-    read.__annotations__["request"] = Request
     return read
 
 
@@ -59,7 +58,7 @@ async def read_object(request: Request) -> dict[str, Any]:
     kind = media_type(request)
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise InvalidRequest(
-            f"the body must be JSON with the header Content-Type: application/json; it says {kind or 'nothing'!r}",
+            f"the body must be JSON with Content-Type: application/json, not {kind or 'without one'!r}",
             code="unsupported_content_type",
         )
     raw = bytearray()
@@ -81,13 +80,15 @@ def parse(raw: bytes) -> Any:
     """JSON in which every value has one meaning and can be stored by every database.
 
     Raises:
-        InvalidRequest: bad UTF-8, bad JSON, a key twice, NaN, a number out of range, NUL, half a surrogate pair,
-            nesting deeper than 32.
+        InvalidRequest: bad UTF-8, bad JSON, a key twice, NaN, a number out of range, NUL, half a surrogate
+            pair, nesting deeper than 32.
     """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json") from None
+        raise InvalidRequest(
+            f"the body is not UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
+        ) from None
     if not text.strip():
         raise InvalidRequest("the body is empty; a JSON object is needed", code="invalid_json")
     try:
@@ -100,10 +101,13 @@ def parse(raw: bytes) -> Any:
         )
     except json.JSONDecodeError as error:
         raise InvalidRequest(
-            f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}", code="invalid_json"
+            f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}",
+            code="invalid_json",
         ) from None
     except RecursionError:
-        raise InvalidRequest(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json") from None
+        raise InvalidRequest(
+            f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json"
+        ) from None
     _check_storable(value)
     return value
 
@@ -113,7 +117,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequest(f"key {_shown(twice)} is given twice in one object", code="invalid_json", param=_printable(twice))
+        raise InvalidRequest(
+            f"key {_shown(twice)} is given twice in one object", code="invalid_json", param=printable(twice)
+        )
     return made
 
 
@@ -153,13 +159,13 @@ def _check_storable(value: Any) -> None:
 def check_text(text: str, path: str) -> None:
     """Refuse text that a database cannot hold: PostgreSQL has no NUL, UTF-8 has no lone surrogates."""
     if "\0" in text:
-        raise InvalidRequest(f"{path or 'a key'} contains a NUL character", param=_printable(path) or None)
+        raise InvalidRequest(f"{path or 'a key'} contains a NUL character", param=printable(path) or None)
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidRequest(
-            f"{_printable(path) or 'a key'} contains half of a surrogate pair, which is no character",
-            param=_printable(path) or None,
+            f"{printable(path) or 'a key'} contains half of a surrogate pair, which is no character",
+            param=printable(path) or None,
         ) from None
 
 
@@ -171,7 +177,9 @@ def _json_name(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------ checking
 
 
-def check(model: type[Model], value: Mapping[str, Any], where: str = "", written: Mapping[str, str] | None = None) -> Model:
+def check(
+    model: type[Model], value: Mapping[str, Any], where: str = "", written: Mapping[str, str] | None = None
+) -> Model:
     """`value` as `model`, without coercion: "3" is not 3 and true is not 1.
 
     Args:
@@ -197,7 +205,7 @@ def explain(
     for found in error.errors(include_url=False):
         path, known = _locate(model, found["loc"])
         full = ".".join(part for part in (where, path) if part)
-        full = _printable((written or {}).get(full, full))
+        full = printable((written or {}).get(full, full))
         if found["type"] == "extra_forbidden":
             unknown[full] = known
             continue
@@ -206,7 +214,9 @@ def explain(
         if found["type"] == "missing":
             message = "is required"
         if found["type"] == "string_pattern_mismatch" and found["ctx"]["pattern"] == NAME_PATTERN:
-            message = "must be 1 to 64 letters, digits, '.', '_' or '-', with a letter or digit first and last"
+            message = (
+                "must be 1 to 64 letters, digits, '.', '_' or '-', with a letter or digit first and last"
+            )
         said = problems.setdefault(full, [])
         if message not in said:
             said.append(message)
@@ -221,7 +231,9 @@ def explain(
     if len(errors) > 5:
         shown += f"; and {len(errors) - 5} more"
     code = "unknown_parameter" if unknown else "invalid_value"
-    return InvalidRequest(shown, code=code, param=errors[0]["param"] or None, details={"errors": errors[:100]})
+    return InvalidRequest(
+        shown, code=code, param=errors[0]["param"] or None, details={"errors": errors[:100]}
+    )
 
 
 def unknown_key(path: str, known: Iterable[str]) -> str:
@@ -250,7 +262,9 @@ def _locate(model: Any, location: Sequence[int | str]) -> tuple[str, list[str]]:
             path += f"[{element}]"
             continue
         known = sorted({name for candidate in candidates for name in candidate.model_fields})
-        inner = [candidate.model_fields[element] for candidate in candidates if element in candidate.model_fields]
+        inner = [
+            candidate.model_fields[element] for candidate in candidates if element in candidate.model_fields
+        ]
         if inner:
             path += f".{element}" if path else element
             candidates = [found for info in inner for found in _models_in(info.annotation)]
@@ -272,11 +286,11 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value) if not isinstance(value, str) else repr(_printable(value))
+    text = json.dumps(value) if not isinstance(value, str) else repr(printable(value))
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()[:200]
 
 
@@ -295,7 +309,10 @@ class Form:
 
 
 def file_form(
-    file_field: str, fields: Sequence[str], limit: Callable[[Request], int], directory: Callable[[Request], Path]
+    file_field: str,
+    fields: Sequence[str],
+    limit: Callable[[Request], int],
+    directory: Callable[[Request], Path],
 ) -> Callable[[Request], AsyncIterator[Form]]:
     """A dependency that streams a form to disk; its file is gone when the response has been sent.
 
@@ -322,7 +339,6 @@ def file_form(
             await run_in_threadpool(reader.write, bytes(held))
             yield reader.form(Path(target.name))
 
-    read.__annotations__["request"] = Request
     return read
 
 
@@ -330,11 +346,13 @@ def _boundary(request: Request) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
         raise InvalidRequest(
-            f"the body must be multipart/form-data, not {_shown(kind.decode('latin-1')) if kind else 'without content type'}",
+            f"the body must be multipart/form-data, not {_shown(kind.decode('latin-1'))}",
             code="unsupported_content_type",
         )
     if not options.get(b"boundary"):
-        raise InvalidRequest("the header Content-Type of the form names no boundary", code="invalid_multipart")
+        raise InvalidRequest(
+            "the header Content-Type of the form names no boundary", code="invalid_multipart"
+        )
     return options[b"boundary"]
 
 
@@ -386,7 +404,9 @@ class _FormReader:
         if not self.ended:
             raise InvalidRequest("the form ends before its closing boundary", code="invalid_multipart")
         if self.filename is None:
-            raise InvalidRequest(f"the form has no file {self.file_field!r}", param=self.file_field, code="missing_file")
+            raise InvalidRequest(
+                f"the form has no file {self.file_field!r}", param=self.file_field, code="missing_file"
+            )
         self.target.flush()
         return Form(self.fields, self.filename, path, self.size, self.digest.hexdigest())
 
@@ -409,28 +429,36 @@ class _FormReader:
         encoding = self.headers.get("content-transfer-encoding", b"binary").lower()
         if encoding not in (b"7bit", b"8bit", b"binary"):
             raise InvalidRequest(
-                f"a part of the form is encoded as {_shown(encoding.decode('latin-1'))}; send its bytes as they are",
+                f"a part is encoded as {_shown(encoding.decode('latin-1'))}; send its bytes as they are",
                 code="invalid_multipart",
             )
         self.name = _text(options[b"name"], "the name of a part")
         if self.name in self.fields or (self.name == self.file_field and self.filename is not None):
-            raise InvalidRequest(f"{_shown(self.name)} is given twice in the form", param=_printable(self.name))
+            raise InvalidRequest(
+                f"{_shown(self.name)} is given twice in the form", param=printable(self.name)
+            )
         if self.name == self.file_field:
             if b"filename" not in options:
                 raise InvalidRequest(
-                    f"{self.file_field} must be sent as a file, with a filename", param=self.file_field, code="missing_file"
+                    f"{self.file_field} must be sent as a file, with a filename",
+                    param=self.file_field,
+                    code="missing_file",
                 )
             self.filename = filename_of(_text(options[b"filename"], "the filename"), self.file_field)
         elif self.name not in self.known:
             raise InvalidRequest(
-                unknown_key(self.name, [*self.known, self.file_field]), code="unknown_parameter", param=_printable(self.name)
+                unknown_key(self.name, [*self.known, self.file_field]),
+                code="unknown_parameter",
+                param=printable(self.name),
             )
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self.name == self.file_field:
             self.size += end - start
             if self.size > self.limit:
-                raise TooLarge(f"{self.file_field} has more than the {self.limit} bytes allowed", param=self.file_field)
+                raise TooLarge(
+                    f"{self.file_field} has more than the {self.limit} bytes allowed", param=self.file_field
+                )
             piece = memoryview(data)[start:end]
             self.digest.update(piece)
             self.target.write(piece)
@@ -460,7 +488,7 @@ def filename_of(name: str, param: str = "filename") -> str:
     """`name`, if it is the name of a file and no path.
 
     Raises:
-        InvalidRequest: empty, longer than 255 bytes, with a slash, a backslash or a control character, or `..`.
+        InvalidRequest: empty, longer than 255 bytes, `..`, or with a slash, backslash or control character.
     """
     if not name or len(name.encode()) > 255 or name in {".", ".."} or re.search(r"[/\\\x00-\x1f\x7f]", name):
         raise InvalidRequest(

@@ -3,6 +3,7 @@
 A key has 256 random bits, so a plain fast hash is enough: there is nothing to guess.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -37,7 +38,12 @@ class Key:
 
 
 def create(
-    source: Source, project: str, name: str = "", *, expires_at: float | None = None, plaintext: str | None = None
+    source: Source,
+    project: str,
+    name: str = "",
+    *,
+    expires_at: float | None = None,
+    plaintext: str | None = None,
 ) -> tuple[Key, str]:
     """A new key for `project`, which is made if it does not exist. Returns the record and, once, the key.
 
@@ -45,7 +51,9 @@ def create(
         InvalidRequest: a project name that cannot be a path segment, or an expiry in the past.
     """
     if not re.match(NAME_PATTERN, project) or ".." in project:
-        raise InvalidRequest(f"{project!r} cannot name a project: letters, digits, '.', '_', '-'", param="project")
+        raise InvalidRequest(
+            f"{project!r} cannot name a project: letters, digits, '.', '_', '-'", param="project"
+        )
     if len(name) > 64:
         raise InvalidRequest("the name of a key has at most 64 characters", param="name")
     now = time.time()
@@ -80,9 +88,13 @@ def verify(source: Source, plaintext: str) -> Key:
     if row is None:
         raise NotAuthenticated("this API key is unknown; `peft-service keys create` makes one")
     if row.revoked_at is not None:
-        raise NotAuthenticated(f"the API key {row.prefix}… was revoked; `peft-service keys create` makes a new one")
+        raise NotAuthenticated(
+            f"the API key {row.prefix}… was revoked; `peft-service keys create` makes a new one"
+        )
     if row.expires_at is not None and row.expires_at <= time.time():
-        raise NotAuthenticated(f"the API key {row.prefix}… has expired; `peft-service keys create` makes a new one")
+        raise NotAuthenticated(
+            f"the API key {row.prefix}… has expired; `peft-service keys create` makes a new one"
+        )
     return _key(row)
 
 
@@ -137,16 +149,14 @@ def ensure_first_key(source: Source, data_dir: Path) -> str:
 
 
 def _read_or_write(path: Path, plaintext: str) -> str:
-    """The file's text; `plaintext`, if the file was not there. One writer wins, and nobody sees half a key."""
+    """The file's text; `plaintext`, if there was no file. One writer wins, and nobody sees half a key."""
     if not path.exists():
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".key-") as file:  # made with mode 0600
             file.write(plaintext + "\n")
             file.flush()
             os.fsync(file.fileno())
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.link(file.name, path)
-            except FileExistsError:
-                pass
     return path.read_text().strip()
 
 

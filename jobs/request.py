@@ -1,14 +1,14 @@
 """From the body of `POST /fine_tuning/jobs` to a FineTuneSpec with every "auto" resolved.
 
-Four dialects arrive here: OpenAI's `method.supervised.hyperparameters`, its older top-level `hyperparameters`, the
-flat keys that some hosts put in there (`lora_r`, `learning_rate`, …), and our own `adapter`, `base`, `training`,
-`data`, `resources`. They are one request: a value given twice must be the same value.
+Four dialects arrive here: OpenAI's `method.supervised.hyperparameters`, its older top-level
+`hyperparameters`, the flat keys that some hosts put in there (`lora_r`, `learning_rate`, …), and our own `adapter`, `base`,
+`training`, `data`, `resources`. They are one request: a value given twice must be the same value.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, create_model, field_validator
 
@@ -36,7 +36,7 @@ UNSUPPORTED_METHODS = ("dpo", "reinforcement")
 def _constrained(name: str) -> Any:
     """The type and limits that `Training` has for this field, so that they are written once."""
     info = Training.model_fields[name]
-    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation  # type: ignore[misc]
+    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
     return _or_auto(kind) if name in AUTO_FIELDS else kind
 
 
@@ -55,7 +55,10 @@ TrainingRequest: type[Frozen] = create_model(
     "TrainingRequest",
     __base__=Frozen,
     __doc__="How the parameters move; what is left out, or `auto`, is resolved and reported.",
-    learning_rate_multiplier=(MULTIPLIER, Field(None, description="Scales the method's own default learning rate.")),
+    learning_rate_multiplier=(
+        MULTIPLIER,
+        Field(None, description="Scales the method's own default learning rate."),
+    ),
     **{name: _optional(name) for name in Training.model_fields},
 )
 
@@ -66,7 +69,10 @@ Hyperparameters: type[Frozen] = create_model(
     "Hyperparameters",
     __base__=Frozen,
     __doc__="OpenAI's three, and the flat names that other hosts of this API take.",
-    learning_rate_multiplier=(MULTIPLIER, Field(None, description="Scales the method's own default learning rate.")),
+    learning_rate_multiplier=(
+        MULTIPLIER,
+        Field(None, description="Scales the method's own default learning rate."),
+    ),
     lora=(bool | None, Field(None, description="True: train a LoRA adapter (the default).")),
     lora_r=(int | None, Field(None, description="`adapter.rank`")),
     lora_alpha=(int | None, Field(None, description="`adapter.alpha`")),
@@ -77,7 +83,7 @@ Hyperparameters: type[Frozen] = create_model(
 
 
 class Supervised(Frozen):
-    hyperparameters: Hyperparameters | None = None  # type: ignore[valid-type]
+    hyperparameters: Hyperparameters | None = None
 
 
 class MethodRequest(Frozen):
@@ -105,7 +111,8 @@ class DataRequest(Frozen):
 
 
 Metadata = Annotated[
-    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
 ]
 
 
@@ -113,7 +120,7 @@ class CreateJob(Frozen):
     """A fine-tuning job: OpenAI's request, and our extensions below `metadata`."""
 
     model: str = Field(min_length=1, max_length=2048)
-    """A registered base (`GET /v1/base_models`), or its `file://`, `s3://` or `hf://org/name@revision` URI."""
+    """A registered base (`GET /v1/base_models`), or a `file://`, `s3://` or `hf://org/name@revision` URI."""
     training_file: str = Field(min_length=1, max_length=128)
     """Id of an uploaded file with purpose `fine-tune`."""
     validation_file: str | None = Field(None, min_length=1, max_length=128)
@@ -122,16 +129,16 @@ class CreateJob(Frozen):
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
     """Default 0: the same request gives the same adapter."""
     method: MethodRequest | None = None
-    hyperparameters: Hyperparameters | None = None  # type: ignore[valid-type]
+    hyperparameters: Hyperparameters | None = None
     integrations: list[Any] | None = None
     metadata: Metadata | None = None
 
     name: str | None = Field(None, pattern=NAME_PATTERN)
-    """The adapter's name in the catalog; default: the suffix, else made from base and method."""
+    """The adapter's name in the catalog. The suffix is the same thing: give one. Default: base and method."""
     adapter: dict[str, Any] | None = None
     """The method, by `kind` (default `lora`), and its own fields; `GET /v1/methods` lists both."""
     base: BaseRequest | None = None
-    training: TrainingRequest | None = None  # type: ignore[valid-type]
+    training: TrainingRequest | None = None
     data: DataRequest | None = None
     resources: Resources | None = None
     priority: int = Field(PRIORITY_NORMAL, ge=PRIORITY_LOWEST, le=PRIORITY_HIGHEST)
@@ -145,9 +152,16 @@ class CreateJob(Frozen):
         return value
 
 
+def methods_by_kind() -> dict[str, type[Method]]:
+    return {kind_of(method): cast("type[Method]", method) for method in METHODS}
+
+
 def adapter_schema() -> dict[str, Any]:
     """JSON schema of `adapter`: any method, with aliases accepted on top."""
-    return {"anyOf": [*(method.model_json_schema() for method in METHODS), {"type": "null"}], "title": "Adapter"}
+    return {
+        "anyOf": [*(method.model_json_schema() for method in METHODS), {"type": "null"}],
+        "title": "Adapter",
+    }
 
 
 @dataclass(frozen=True)
@@ -193,8 +207,9 @@ def read(raw: Mapping[str, Any]) -> Wanted:
     training = values.under("training")
     if training.get("learning_rate") is not None and training.get("learning_rate_multiplier") is not None:
         raise InvalidRequest(
-            f"{values.written['training.learning_rate']} and {values.written['training.learning_rate_multiplier']} are "
-            "both given: give the rate, or a multiple of the method's default, not both",
+            f"{values.written['training.learning_rate']} and "
+            f"{values.written['training.learning_rate_multiplier']} are both given: give the rate, or "
+            "a multiple of the method's default, not both",
             code="conflicting_parameters",
             param=values.written["training.learning_rate_multiplier"],
         )
@@ -202,9 +217,15 @@ def read(raw: Mapping[str, Any]) -> Wanted:
 
 
 def _refuse_unsupported(body: CreateJob) -> None:
+    if body.name is not None and body.suffix not in (None, body.name):
+        raise InvalidRequest(
+            f"name is {body.name!r} and suffix is {body.suffix!r}: they are one thing here, give one of them",
+            code="conflicting_parameters",
+            param="name",
+        )
     if body.integrations:
         raise InvalidRequest(
-            "integrations are not supported: leave the key out; metrics are in the job's events and result files",
+            "integrations are not supported, leave them out: metrics are in events and result files",
             code="unsupported_parameter",
             param="integrations",
         )
@@ -212,7 +233,9 @@ def _refuse_unsupported(body: CreateJob) -> None:
     if method is None:
         return
     if method.type != "supervised":
-        known = "supervised" if method.type in UNSUPPORTED_METHODS else f"supervised; {method.type!r} is unknown"
+        known = (
+            "supervised" if method.type in UNSUPPORTED_METHODS else f"supervised; {method.type!r} is unknown"
+        )
         raise InvalidRequest(
             f"method.type {method.type!r} is not supported; supported is: {known}",
             code="method_not_supported",
@@ -221,7 +244,9 @@ def _refuse_unsupported(body: CreateJob) -> None:
     for name in UNSUPPORTED_METHODS:
         if getattr(method, name) is not None:
             raise InvalidRequest(
-                f"method.{name} is given but method.type is 'supervised'", code="method_not_supported", param=f"method.{name}"
+                f"method.{name} is given but method.type is 'supervised'",
+                code="method_not_supported",
+                param=f"method.{name}",
             )
 
 
@@ -242,7 +267,7 @@ class _Merged:
 
     def take(self, where: str, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
-            if value is None or value == "auto" and name in (*AUTO_FIELDS, "learning_rate_multiplier"):
+            if value is None or (value == "auto" and name in (*AUTO_FIELDS, "learning_rate_multiplier")):
                 continue
             if name == "packing":
                 if value:
@@ -290,7 +315,9 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
         if kind is None:
             continue
         if not isinstance(kind, str):
-            raise InvalidRequest(f"adapter.{key} must be the name of a method", code="invalid_value", param=f"adapter.{key}")
+            raise InvalidRequest(
+                f"adapter.{key} must be the name of a method", code="invalid_value", param=f"adapter.{key}"
+            )
         kind = kind.lower()
         if kind == "qlora":
             if body.base is not None and body.base.quantize == "none":
@@ -302,7 +329,7 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
             kind, quantize = "lora", "nf4"
         values.put("adapter.kind", kind, f"adapter.{key}")
     kind = values.values.get("adapter.kind", "lora")
-    methods = {kind_of(method): method for method in METHODS}
+    methods = methods_by_kind()
     if kind not in methods:
         where = values.written.get("adapter.kind", "adapter.kind")
         raise InvalidRequest(
@@ -320,11 +347,14 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
             raise InvalidRequest(
                 f"{written} is no field of the method {kind!r}", code="unknown_parameter", param=written
             )
-    method = check(methods[kind], {**values.under("adapter"), "kind": kind}, "adapter", values.written)
-    return method, quantize
+    return check(
+        methods[kind], {**values.under("adapter"), "kind": kind}, "adapter", values.written
+    ), quantize
 
 
-def resolve(wanted: Wanted, training: DataFile, validation: DataFile | None, known: Known, shape: Any) -> Resolved:
+def resolve(
+    wanted: Wanted, training: DataFile, validation: DataFile | None, known: Known, shape: Any
+) -> Resolved:
     """The spec: every value concrete, and for the chosen ones a reason in words.
 
     Args:
@@ -339,19 +369,25 @@ def resolve(wanted: Wanted, training: DataFile, validation: DataFile | None, kno
         reasons["n_epochs"] = f"{training.rows} rows: enough epochs for 100 examples, at most 25,000"
     if "batch_size" not in given:
         given["batch_size"] = auto_batch_size(training.rows)
-        reasons["batch_size"] = f"{training.rows} rows: a 64th of them, between 4 and 32, and no more than there are"
+        reasons["batch_size"] = (
+            f"{training.rows} rows: a 64th of them, between 4 and 32, and no more than there are"
+        )
     if "learning_rate" not in given:
         given["learning_rate"] = rate * (multiplier or 1.0)
         if multiplier is not None:
             written["training.learning_rate"] = written["training.learning_rate_multiplier"]
-        reasons["learning_rate"] = f"{kind_of(type(wanted.method))}'s own {rate:g} times {multiplier or 1.0:g}"
+        reasons["learning_rate"] = (
+            f"{kind_of(type(wanted.method))}'s own {rate:g} times {multiplier or 1.0:g}"
+        )
     context = known.context_length
     if "max_seq_len" not in given:
         given["max_seq_len"] = min(MAX_SEQ_LEN, context or MAX_SEQ_LEN)
-        reasons["max_seq_len"] = f"{MAX_SEQ_LEN}, or the base's context of {context or 'unknown'} tokens if that is less"
+        reasons["max_seq_len"] = (
+            f"{MAX_SEQ_LEN}, or the base's context of {context or 'unknown'} tokens if that is less"
+        )
     elif context is not None and given["max_seq_len"] > context:
         raise InvalidRequest(
-            f"training.max_seq_len is {given['max_seq_len']}, but {known.base.id} has a context of {context} tokens",
+            f"training.max_seq_len is {given['max_seq_len']}, but the context of the base is {context}",
             code="invalid_value",
             param="training.max_seq_len",
         )
@@ -404,4 +440,3 @@ def hyperparameters_of(spec: FineTuneSpec) -> dict[str, Any]:
         "learning_rate_multiplier": float(f"{spec.training.learning_rate / rate:.6g}"),
         "learning_rate": spec.training.learning_rate,
     }
-

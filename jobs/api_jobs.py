@@ -1,0 +1,566 @@
+"""Routes of fine-tuning jobs: OpenAI's objects exactly, and our extension fields beside them."""
+
+import contextlib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import func, select
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+
+from cluster.plan import Capacity, Plan, make_plan
+from jobs import base_models, files, queue
+from jobs import request as requests
+from jobs.api_files import retry_count
+from jobs.base_models import BaseRow
+from jobs.body import read_object
+from jobs.caller import AsCaller, Caller, caller_with, json_request
+from jobs.db import capacity as capacity_table
+from jobs.db import in_order, reading, writing
+from jobs.db import jobs as jobs_table
+from jobs.queue import CheckpointRow, EventRow, JobRow, NewJob
+from jobs.request import CreateJob, Known, Resolved, Wanted
+from peft_service import catalog
+from peft_service.errors import Conflict, InvalidRequest, NotFound, ObjectNotFound, PeftServiceError
+
+router = APIRouter()
+
+Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Raw = Annotated[dict[str, Any], Depends(read_object)]
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class JobHyperparameters(BaseModel):
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+    learning_rate: float
+
+
+class JobSupervised(BaseModel):
+    hyperparameters: JobHyperparameters
+
+
+class JobMethod(BaseModel):
+    type: Literal["supervised"] = "supervised"
+    supervised: JobSupervised
+
+
+class QueuePlace(BaseModel):
+    position: int
+    """1 is next, over all projects."""
+
+
+class Job(BaseModel):
+    """OpenAI's fields first; from `name` on, ours."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    id: str
+    model: str
+    created_at: int
+    finished_at: int | None
+    fine_tuned_model: str | None
+    organization_id: str
+    result_files: list[str]
+    status: Status
+    validation_file: str | None
+    training_file: str
+    hyperparameters: JobHyperparameters
+    trained_tokens: int | None
+    error: JobError | None
+    user_provided_suffix: str | None
+    seed: int
+    estimated_finish: int | None
+    integrations: list[Any] = []
+    metadata: dict[str, str] | None
+    method: JobMethod
+
+    name: str
+    """The adapter's name in the catalog."""
+    started_at: int | None
+    phase: str | None
+    """What a running job does just now."""
+    status_reason: str | None
+    """Why it waits, in words."""
+    queue: QueuePlace | None
+    progress: dict[str, Any] | None
+    plan: dict[str, Any] | None
+    """What the cluster makes of it: workers, ZeRO stage, memory, and the arithmetic."""
+    adapter: dict[str, Any]
+    """The method with all its values; `id` and `version` once it is published."""
+    base: dict[str, Any]
+    training: dict[str, Any]
+    """Every value that training uses, "auto" resolved."""
+    resources: dict[str, Any]
+    priority: int
+    attempt: int
+
+
+class JobPage(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Job]
+    has_more: bool
+
+
+class JobEvent(BaseModel):
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None
+
+
+class JobEventPage(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[JobEvent]
+    has_more: bool
+
+
+class Checkpoint(BaseModel):
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    id: str
+    created_at: int
+    fine_tuning_job_id: str
+    fine_tuned_model_checkpoint: str
+    step_number: int
+    metrics: dict[str, Any]
+
+
+class CheckpointPage(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Checkpoint]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class PreflightData(BaseModel):
+    file: str
+    rows: int
+    format: str
+    bytes: int
+    statistics: dict[str, Any]
+    warnings: list[str]
+
+
+class Preflight(BaseModel):
+    """What a job would be. Nothing was started, registered or stored."""
+
+    object: Literal["preflight"] = "preflight"
+    name: str
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    hyperparameters: JobHyperparameters
+    training: dict[str, Any]
+    resources: dict[str, Any]
+    reasons: dict[str, str] = Field(description="For every value that was chosen, why this one.")
+    training_file: PreflightData
+    validation_file: PreflightData | None
+    plan: dict[str, Any] | None
+    arithmetic: list[str]
+    warnings: list[str]
+
+
+# ------------------------------------------------------------------------------------------------- submit
+
+
+class CapacityUnknown(PeftServiceError):
+    """Nobody has seen the training cluster yet, or it has no nodes just now. Worth a retry."""
+
+    status = 503
+    default_code = "capacity_unknown"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that has been found good: all that submitting it needs."""
+
+    wanted: Wanted
+    resolved: Resolved
+    base: BaseRow
+    plan: Plan | None
+    """None: the cluster has not reported any node yet."""
+
+
+@router.post("/fine_tuning/jobs", tags=["fine-tuning"], openapi_extra=json_request(CreateJob))
+def create_job(caller: AsCaller, request: Request, raw: Raw) -> Job:
+    """Submit a job. A request that the client repeats makes one job only."""
+    idempotency_key = _idempotency_key(request)
+    prepared = prepare(caller, raw)
+    body, spec = prepared.wanted.body, prepared.resolved.spec
+    if prepared.plan is None:
+        raise CapacityUnknown("the training cluster has not reported any node yet: try again in a moment")
+    new = NewJob(
+        project_id=caller.project,
+        spec=spec,
+        request=raw,
+        body_hash=hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest(),
+        plan=prepared.plan.model_dump(mode="json"),
+        priority=body.priority,
+        metadata=body.metadata or {},
+        idempotency_key=idempotency_key,
+        retry_count=retry_count(request),
+    )
+    with writing(caller.engine) as conn:
+        # From here to the commit nobody can delete the files (`files.remove` takes the same lock).
+        in_order(conn, caller.project)
+        files.training_file(conn, caller.project, body.training_file, "training_file")
+        if body.validation_file is not None:
+            files.training_file(conn, caller.project, body.validation_file, "validation_file")
+        base_models.keep(conn, prepared.base)
+        row = queue.submit(conn, new)
+    return job_of(row, queue.position(caller.engine, row))
+
+
+@router.post("/preflight", tags=["fine-tuning"], openapi_extra=json_request(CreateJob))
+def preflight(caller: AsCaller, raw: Raw) -> Preflight:
+    """The plan for this job and its arithmetic, every "auto" resolved; nothing is started."""
+    prepared = prepare(caller, raw)
+    body, spec, plan = prepared.wanted.body, prepared.resolved.spec, prepared.plan
+    training = _data(caller, body.training_file)
+    validation = None if body.validation_file is None else _data(caller, body.validation_file)
+    warnings = [
+        f"{part.file}: {words}"
+        for part in (training, validation)
+        if part is not None
+        for words in part.warnings
+    ]
+    if plan is None:
+        warnings.append("the training cluster has not reported any node yet, so there is no plan")
+    if not prepared.base.info.get("has_chat_template"):
+        warnings.append(
+            f"{spec.base.id} has no chat template: only prompt/completion records can be trained on"
+        )
+    return Preflight(
+        name=spec.name,
+        base={
+            **spec.base.model_dump(mode="json"),
+            **prepared.base.info,
+            "parameters": prepared.base.shape["parameters"],
+        },
+        adapter=spec.method.model_dump(mode="json"),
+        hyperparameters=JobHyperparameters(**requests.hyperparameters_of(spec)),
+        training=spec.training.model_dump(mode="json"),
+        resources=spec.resources.model_dump(mode="json"),
+        reasons=prepared.resolved.reasons,
+        training_file=training,
+        validation_file=validation,
+        plan=None if plan is None else plan.model_dump(mode="json"),
+        arithmetic=[] if plan is None else list(plan.arithmetic),
+        warnings=warnings,
+    )
+
+
+def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
+    """Find the request good, or raise; writes nothing.
+
+    Raises:
+        InvalidRequest: among them UnknownBase and DoesNotFit; `param` names the key.
+    """
+    wanted = requests.read(raw)
+    body = wanted.body
+    training = files.training_file(caller.engine, caller.project, body.training_file, "training_file")
+    validation = None
+    if body.validation_file is not None:
+        validation = files.training_file(
+            caller.engine, caller.project, body.validation_file, "validation_file"
+        )
+        if validation.format != training.format:
+            raise InvalidRequest(
+                f"validation_file has {validation.format} records, but training_file has {training.format}",
+                code="invalid_training_file",
+                param="validation_file",
+            )
+    base = base_models.resolve(
+        caller.engine,
+        caller.settings.base_models_allow,
+        body.model,
+        body.base.uri if body.base else None,
+        body.base.revision if body.base else None,
+    )
+    known = Known(base.base, base.info.get("context_length"))
+    resolved = requests.resolve(wanted, training, validation, known, base.model_shape)
+    capacity = _capacity(caller)
+    plan = None if capacity is None else make_plan(resolved.spec, base.model_shape, capacity)
+    return Prepared(wanted, resolved, base, plan)
+
+
+def _capacity(caller: Caller) -> Capacity | None:
+    """The training cluster as the scheduler last saw it; None before that, or while it has no nodes."""
+    with reading(caller.engine) as conn:
+        snapshot = conn.scalar(select(capacity_table.c.snapshot))
+    capacity = None if snapshot is None else Capacity.model_validate(snapshot)
+    return capacity if capacity is not None and capacity.nodes else None
+
+
+def _data(caller: Caller, file: str) -> PreflightData:
+    row = files.get(caller.engine, caller.project, file)
+    report = row.report or {}
+    return PreflightData(
+        file=row.id,
+        rows=row.rows or 0,
+        format=row.format or "",
+        bytes=row.bytes,
+        statistics=report.get("statistics", {}),
+        warnings=report.get("warnings", []),
+    )
+
+
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.match(r"^[\x21-\x7e]{1,255}$", key):
+        raise InvalidRequest(
+            "Idempotency-Key must be 1 to 255 visible ASCII characters", param="Idempotency-Key"
+        )
+    return key
+
+
+# --------------------------------------------------------------------------------------- look at and move
+
+
+@router.get(
+    "/fine_tuning/jobs",
+    tags=["fine-tuning"],
+    openapi_extra={
+        "parameters": [
+            {
+                "name": "metadata",
+                "in": "query",
+                "style": "deepObject",
+                "explode": True,
+                "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+                "description": "`metadata[key]=value`: jobs with these pairs; `metadata=null`: with none.",
+            }
+        ]
+    },
+)
+def list_jobs(
+    caller: Annotated[Caller, Depends(caller_with("metadata"))],
+    request: Request,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> JobPage:
+    """Jobs of the project, newest first."""
+    page = queue.page(caller.engine, caller.project, after=after, limit=limit, metadata=_metadata(request))
+    places = _positions(caller, page.items)
+    return JobPage(data=[job_of(row, places.get(row.id)) for row in page.items], has_more=page.has_more)
+
+
+@router.get("/fine_tuning/jobs/{job_id}", tags=["fine-tuning"])
+def retrieve_job(caller: AsCaller, job_id: str) -> Job:
+    """One job."""
+    row = queue.get(caller.engine, caller.project, job_id)
+    return job_of(row, queue.position(caller.engine, row))
+
+
+@router.post("/fine_tuning/jobs/{job_id}/cancel", tags=["fine-tuning"])
+def cancel_job(caller: AsCaller, request: Request, job_id: str) -> Job:
+    """End a job at once."""
+    return _moved(caller, request, job_id, "cancel")
+
+
+@router.post("/fine_tuning/jobs/{job_id}/pause", tags=["fine-tuning"])
+def pause_job(caller: AsCaller, request: Request, job_id: str) -> Job:
+    """Keep a job where it is; a running one writes a checkpoint and stops."""
+    return _moved(caller, request, job_id, "pause")
+
+
+@router.post("/fine_tuning/jobs/{job_id}/resume", tags=["fine-tuning"])
+def resume_job(caller: AsCaller, request: Request, job_id: str) -> Job:
+    """Put a paused job back into the queue, at its old place."""
+    return _moved(caller, request, job_id, "resume")
+
+
+@router.get("/fine_tuning/jobs/{job_id}/events", tags=["fine-tuning"])
+def list_events(
+    caller: AsCaller, job_id: str, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+) -> JobEventPage:
+    """What happened to a job, newest first."""
+    page = queue.events(caller.engine, caller.project, job_id, after=after, limit=limit)
+    return JobEventPage(data=[_event_of(row) for row in page.items], has_more=page.has_more)
+
+
+@router.get("/fine_tuning/jobs/{job_id}/checkpoints", tags=["fine-tuning"])
+def list_checkpoints(
+    caller: AsCaller, job_id: str, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 10
+) -> CheckpointPage:
+    """Checkpoints of a job, newest first."""
+    job = queue.get(caller.engine, caller.project, job_id)
+    page = queue.list_checkpoints(caller.engine, caller.project, job_id, after=after, limit=limit)
+    model = job.fine_tuned_model or (
+        f"ft:{catalog.slug_of(job.spec['base']['id'])}:{queue.project_name(caller.engine, caller.project)}"
+        f":{job.name}:{catalog.id8_of(job.id)}"
+    )
+    data = [_checkpoint_of(model, row) for row in page.items]
+    return CheckpointPage(
+        data=data,
+        has_more=page.has_more,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+    )
+
+
+@router.get(
+    "/fine_tuning/jobs/{job_id}/logs",
+    tags=["fine-tuning"],
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {}}}},
+)
+def job_logs(
+    caller: AsCaller, job_id: str, attempt: Annotated[int | None, Query(ge=1, le=1_000_000)] = None
+) -> Response:
+    """The log of an attempt, default the newest; empty if it has written nothing yet."""
+    job = queue.get(caller.engine, caller.project, job_id)
+    wanted = job.attempt if attempt is None else attempt
+    if attempt is not None and attempt > job.attempt:
+        raise NotFound(f"job {job_id} has no attempt {attempt}, only {job.attempt} so far", param="attempt")
+    if wanted == job.live_attempt and caller.launcher_logs is not None:
+        return PlainTextResponse(caller.launcher_logs(f"ft-{job.id}-{wanted}"))
+    chunks: Iterator[bytes] = iter(())
+    if wanted:
+        with contextlib.suppress(ObjectNotFound):
+            chunks = caller.store.read(f"{caller.project}/runs/{job.id}/{wanted}/log.txt")
+    return StreamingResponse(chunks, media_type="text/plain; charset=utf-8")
+
+
+def _moved(caller: Caller, request: Request, job_id: str, verb: str) -> Job:
+    move = {"cancel": queue.cancel, "pause": queue.pause, "resume": queue.resume}[verb]
+    try:
+        row = move(caller.engine, caller.project, job_id)
+    except Conflict:
+        row = queue.get(caller.engine, caller.project, job_id)
+        # A client that repeats the request has lost the first answer, not the race.
+        if not (retry_count(request) and row.state == queue.MOVES[verb].to):
+            raise
+    return job_of(row, queue.position(caller.engine, row))
+
+
+def _metadata(request: Request) -> dict[str, str] | None:
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name == "metadata":
+            if value != "null":
+                raise InvalidRequest(
+                    "write metadata[key]=value, or metadata=null for jobs without any", param="metadata"
+                )
+            return {}
+        if name.startswith("metadata["):
+            given[name[len("metadata[") : -1]] = value
+    return given or None
+
+
+def _positions(caller: Caller, rows: Sequence[JobRow]) -> dict[str, int]:
+    """`queue.position` of all queued jobs of a page with one query."""
+    waiting = [row.id for row in rows if row.state == "queued"]
+    if not waiting:
+        return {}
+    place = func.row_number().over(order_by=(jobs_table.c.priority.desc(), jobs_table.c.seq))
+    ranked = select(jobs_table.c.id, place.label("place")).where(jobs_table.c.state == "queued").subquery()
+    with reading(caller.engine) as conn:
+        return {row.id: row.place for row in conn.execute(select(ranked).where(ranked.c.id.in_(waiting)))}
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def job_of(row: JobRow, position: int | None) -> Job:
+    """The job as OpenAI's clients read it."""
+    spec, request = row.spec, row.request
+    hyperparameters = _hyperparameters(spec)
+    adapter = dict(spec["method"])
+    if row.adapter_id is not None:
+        adapter |= {"id": row.adapter_id, "version": row.adapter_version}
+    validation = spec["data"]["validation"]
+    return Job(
+        id=row.id,
+        model=spec["base"]["id"],
+        created_at=int(row.created_at),
+        finished_at=_whole(row.finished_at),
+        fine_tuned_model=row.fine_tuned_model,
+        organization_id=row.project_id,
+        result_files=row.result_files,
+        status=row.state,
+        validation_file=None if validation is None else validation["id"],
+        training_file=spec["data"]["training"]["id"],
+        hyperparameters=hyperparameters,
+        trained_tokens=row.trained_tokens,
+        error=None if row.error is None else JobError(**row.error),
+        user_provided_suffix=request.get("suffix"),
+        seed=spec["seed"],
+        estimated_finish=_estimated_finish(row),
+        metadata=row.metadata or None,
+        method=JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters)),
+        name=row.name,
+        started_at=_whole(row.started_at),
+        phase=row.phase,
+        status_reason=row.status_reason,
+        queue=None if position is None else QueuePlace(position=position),
+        progress=row.progress,
+        plan=row.plan,
+        adapter=adapter,
+        base=spec["base"],
+        training=spec["training"],
+        resources=spec["resources"],
+        priority=row.priority,
+        attempt=row.attempt,
+    )
+
+
+def _hyperparameters(spec: dict[str, Any]) -> JobHyperparameters:
+    training = spec["training"]
+    method = requests.methods_by_kind().get(spec["method"]["kind"])
+    rate = training["learning_rate"] if method is None else method.learning_rate
+    return JobHyperparameters(
+        n_epochs=training["n_epochs"],
+        batch_size=training["batch_size"],
+        learning_rate_multiplier=float(f"{training['learning_rate'] / rate:.6g}"),
+        learning_rate=training["learning_rate"],
+    )
+
+
+def _estimated_finish(row: JobRow) -> int | None:
+    """When a running job will be done, if the rest goes as fast as so far."""
+    seconds = (row.progress or {}).get("eta_seconds")
+    return None if row.state != "running" or seconds is None else int(time.time() + seconds)
+
+
+def _event_of(row: EventRow) -> JobEvent:
+    return JobEvent(
+        id=row.id,
+        created_at=int(row.created_at),
+        level=row.level,
+        message=row.message,
+        type=row.type,
+        data=row.data,
+    )
+
+
+def _checkpoint_of(model: str, row: CheckpointRow) -> Checkpoint:
+    return Checkpoint(
+        id=row.id,
+        created_at=int(row.created_at),
+        fine_tuning_job_id=row.job_id,
+        fine_tuned_model_checkpoint=f"{model}:ckpt-step-{row.step}",
+        step_number=row.step,
+        metrics={"step": row.step, **row.metrics},
+    )
+
+
+def _whole(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds)
