@@ -26,6 +26,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
@@ -155,8 +156,8 @@ def _reason_against(key: str) -> str | None:
 
 
 def _check_prefix(prefix: str) -> str:
-    # A string prefix may end anywhere in a key: it is good if some key can start with it.
-    if prefix and _reason_against(prefix + "x"):
+    # A string prefix may end anywhere in a key: it is good if some key is it or starts with it.
+    if prefix and _reason_against(prefix) and _reason_against(prefix + "x"):
         raise InvalidRequest(f"no object key can start with {prefix!r}", param="prefix")
     return prefix
 
@@ -261,6 +262,7 @@ class FileStore:
 
     def copy(self, source: str, target: str) -> None:
         path = self._path(source)
+        check_key(target)
         with self._errors(source):
             original = path.open("rb")
         if source == target:
@@ -508,7 +510,7 @@ class S3Store:
                     client.head_bucket(Bucket=self.bucket)
                 self._bucket_seen = True
             return None
-        return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
+        return ObjectInfo(key, head["ContentLength"], _seconds(head["LastModified"]))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self._pages(_check_prefix(prefix))
@@ -530,7 +532,7 @@ class S3Store:
             for found in page.get("Contents", ()):
                 key = found["Key"].removeprefix(self._root)
                 if not _reason_against(key):  # as the "folder/" that a web console makes
-                    yield ObjectInfo(key, found["Size"], found["LastModified"].timestamp())
+                    yield ObjectInfo(key, found["Size"], _seconds(found["LastModified"]))
 
     def copy(self, source: str, target: str) -> None:
         origin, place = self._place(source), self._place(target)
@@ -721,6 +723,11 @@ _PASSING = frozenset(
 def _response(error: StoreError) -> dict[str, Any]:
     """What botocore knows of the answer that became `error`."""
     return dict(getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}))
+
+
+def _seconds(modified: datetime) -> float:
+    # A listing may tell milliseconds where a HEAD tells none: the same object must have one time.
+    return float(int(modified.timestamp()))
 
 
 def _retried(error: StoreError) -> bool:

@@ -22,8 +22,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ACCESS_DENIED = {"AWS_ACCESS_KEY_ID": "nobody:nobody", "AWS_SECRET_ACCESS_KEY": "not-the-secret"}
-
 
 class Unavailable(Exception):
     """The server's programs are not installed; the message says how to get them."""
@@ -217,7 +215,7 @@ class S3Server:
         return f"http://127.0.0.1:{self.port}"
 
     def env(self) -> dict[str, str]:
-        """The AWS_* variables for a process that is to use this server, and nothing of the user's own AWS setup."""
+        """The AWS_* variables for a process that is to use this server, and none of the user's own setup."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -270,7 +268,7 @@ class S3Server:
 
 
 class SwiftServer(S3Server):
-    """OpenStack Swift with its s3api, from pip alone: one proxy, and one account, container and object server."""
+    """OpenStack Swift with its s3api, from pip alone: a proxy; an account, a container, an object server."""
 
     access_key = "ft:ft"  # account:user
     kinds = ("account", "container", "object")
@@ -338,7 +336,8 @@ import sys
 from swift.common.ring import RingBuilder
 for kind, port in (word.split(":") for word in sys.argv[1:]):
     builder = RingBuilder(4, 1, 0)
-    builder.add_dev({"id": 0, "region": 1, "zone": 1, "ip": "127.0.0.1", "port": int(port), "device": "d1", "weight": 1})
+    place = {"region": 1, "zone": 1, "ip": "127.0.0.1", "port": int(port), "device": "d1"}
+    builder.add_dev(place | {"id": 0, "weight": 1})
     builder.rebalance()
     builder.get_ring().save(kind + ".ring.gz")
 """
@@ -425,9 +424,8 @@ class CephServer(S3Server):
     def __init__(self) -> None:
         for program in ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool"):
             if shutil.which(program) is None:
-                raise Unavailable(
-                    f"{program} is not installed (apt-get install radosgw ceph-mon ceph-osd ceph-common)"
-                )
+                packages = "radosgw ceph-mon ceph-osd ceph-common"
+                raise Unavailable(f"{program} is not installed (apt-get install {packages})")
         # /tmp, because the path of a unix socket must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
         environment = dict(os.environ) | {"CEPH_CONF": str(self.folder / "ceph.conf")}
