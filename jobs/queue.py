@@ -501,8 +501,8 @@ def claim(
 ) -> Lease | None:
     """queued -> running as the next attempt, under a lease of `ttl` seconds.
 
-    None: it is no longer startable; or an attempt has become live that is not among `seen`, the (job, attempt)
-    pairs that the decision counted: another scheduler has used the room meanwhile, so decide again.
+    None: it is no longer startable; or an attempt has become live that is not among `seen`, the (job,
+    attempt) pairs that the decision counted: another scheduler has used the room meanwhile, so decide again.
 
     `plan` replaces the row's plan, for an attempt that runs on another shape than the last one.
     """
@@ -750,7 +750,7 @@ def launched(source: Source, lease: Lease) -> None:
     """
     with writing(source) as conn:
         values = {"launched_at": now()}
-        # First without the lease: whoever has to stop this attempt may from now on trust what the cluster says.
+        # Even without the lease: whoever has to stop this attempt may now trust what the cluster says of it.
         same = and_(jobs.c.id == lease.job, jobs.c.live_attempt == lease.attempt)
         conn.execute(update(jobs).where(same, jobs.c.launched_at.is_(None)).values(**values))
         held = conn.scalar(select(func.count()).select_from(jobs).where(_held(lease)))
@@ -847,6 +847,12 @@ def _append(conn: Connection, job: str, news: Sequence[Event]) -> None:
         for event in news
     ]
     conn.execute(_insert(conn, job_events).values(created_at=now()).on_conflict_do_nothing(), rows)
+
+
+def upsert(conn: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Insert the row `key`, or give it these `values` if it is there."""
+    row = _insert(conn, table).values(**key, **values)
+    conn.execute(row.on_conflict_do_update(index_elements=list(key), set_=dict(values)))
 
 
 def _insert(conn: Connection, table: Table) -> Any:

@@ -5,6 +5,9 @@ them. The connection is the caller's, so that an adapter is registered in the sa
 its job.
 """
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -12,6 +15,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    ColumnElement,
     Connection,
     Float,
     Index,
@@ -22,9 +26,13 @@ from sqlalchemy import (
     UniqueConstraint,
     func,
     select,
+    update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeEngine
+
+from peft_service.errors import Conflict, NotFound
+from peft_service.store import Store
 
 METADATA = MetaData(
     naming_convention={
@@ -81,3 +89,176 @@ def in_order(conn: Connection, project: str) -> None:
     """
     if conn.dialect.name == "postgresql":
         conn.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"project:{project}", 0))))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One published adapter. All but `seq` and `deleted_at` comes from its manifest and never changes."""
+
+    id: str
+    project_id: str
+    name: str
+    version: int
+    base_id: str
+    base_digest: str | None
+    method: str
+    job_id: str
+    location: str
+    """Key prefix in the store, without a slash at the end."""
+    digest: str
+    """sha256 of the weights."""
+    manifest: dict[str, Any]
+    metrics: dict[str, Any]
+    bytes: int
+    created_at: float
+    deleted_at: float | None = None
+    seq: int = 0
+    """Order in the catalog; the database gives it."""
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+def id8_of(job: str) -> str:
+    """The short id in an adapter's folder and model name: the same however often a job is settled."""
+    return job.removeprefix("ftjob-")[:8]
+
+
+def adapter_id_of(job: str) -> str:
+    return "adapter_" + job.removeprefix("ftjob-")
+
+
+def slug_of(base_id: str) -> str:
+    """A base's id as one path segment, which is also one segment of a model's name."""
+    return base_id.replace("/", "--").replace(":", "--")
+
+
+def location_of(project: str, base_id: str, name: str, version: int, job: str) -> str:
+    """Where an adapter lives in the store (design §6)."""
+    return f"{project}/adapters/{slug_of(base_id)}/{name}-v{version:04d}-{id8_of(job)}"
+
+
+def register(conn: Connection, adapter: Adapter) -> Adapter:
+    """Add an adapter whose files are in the store. The same adapter twice is once.
+
+    Raises:
+        Conflict: another adapter has this name and version, or its job has another adapter.
+    """
+    in_order(conn, adapter.project_id)
+    values = {
+        column.name: getattr(adapter, column.name)
+        for column in adapters.c
+        if column.name not in ("seq", "deleted_at")
+    }
+    same = adapters.c.job_id == adapter.job_id
+    taken = (
+        (adapters.c.project_id == adapter.project_id)
+        & (adapters.c.name == adapter.name)
+        & (adapters.c.version == adapter.version)
+    )
+    for row in conn.execute(select(adapters).where(same | taken)):
+        there = Adapter(**row._mapping)
+        if (there.id, there.location, there.digest) != (adapter.id, adapter.location, adapter.digest):
+            raise Conflict(
+                f"{adapter.reference} of job {adapter.job_id} cannot be registered: {there.reference} of job "
+                f"{there.job_id} is there, at {there.location}",
+                code="adapter_exists",
+            )
+        return there
+    conn.execute(adapters.insert().values(**values))
+    return _one(conn, adapters.c.id == adapter.id)
+
+
+def find(conn: Connection, project: str, reference: str) -> Adapter:
+    """The adapter named by an id, `name@version`, `name` (its newest), or its model name `ft:…:<id8>`.
+
+    Deleted adapters are found by id only.
+
+    Raises:
+        NotFound: there is none.
+    """
+    mine = adapters.c.project_id == project
+    there = mine & adapters.c.deleted_at.is_(None)
+    name, at, version = reference.partition("@")
+    number = version.removeprefix("v")
+    if reference.startswith("adapter_"):
+        return _one(conn, mine & (adapters.c.id == reference), wanted=reference)
+    if reference.startswith("ft:"):
+        tail = reference.rpartition(":")[2]
+        begins = (adapters.c.id >= f"adapter_{tail}") & (adapters.c.id < f"adapter_{tail}~")
+        return _one(conn, there & begins, wanted=reference)
+    if at and not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise NotFound(
+            f"no adapter {reference!r}: after the @ stands a version number, as in {name}@1", param="adapter"
+        )
+    if at:
+        return _one(
+            conn, there & (adapters.c.name == name) & (adapters.c.version == int(number)), wanted=reference
+        )
+    return _one(conn, there & (adapters.c.name == name), wanted=reference)
+
+
+def page(
+    conn: Connection,
+    project: str,
+    *,
+    after: str | None = None,
+    limit: int = 20,
+    name: str | None = None,
+    base: str | None = None,
+    method: str | None = None,
+    job: str | None = None,
+) -> tuple[list[Adapter], bool]:
+    """Adapters that are not deleted, newest first, and whether more follow.
+
+    Raises:
+        NotFound: `after` is no adapter of this project.
+    """
+    query = select(adapters).where(adapters.c.project_id == project, adapters.c.deleted_at.is_(None))
+    wanted = {"name": name, "base_id": base, "method": method, "job_id": job}
+    for column, value in wanted.items():
+        if value is not None:
+            query = query.where(adapters.c[column] == value)
+    if after is not None:
+        cursor = _one(conn, (adapters.c.project_id == project) & (adapters.c.id == after), wanted=after)
+        query = query.where(adapters.c.seq < cursor.seq)
+    rows = list(conn.execute(query.order_by(adapters.c.seq.desc()).limit(limit + 1)))
+    return [Adapter(**row._mapping) for row in rows[:limit]], len(rows) > limit
+
+
+def versions(conn: Connection, project: str, name: str) -> list[Adapter]:
+    """Every version of a name that is not deleted, newest first; empty if there is none."""
+    rows = conn.execute(
+        select(adapters)
+        .where(adapters.c.project_id == project, adapters.c.name == name, adapters.c.deleted_at.is_(None))
+        .order_by(adapters.c.version.desc())
+    )
+    return [Adapter(**row._mapping) for row in rows]
+
+
+def delete(conn: Connection, project: str, adapter: str, at: float) -> Adapter:
+    """Mark it deleted; its version is never given again. Its files are the caller's affair.
+
+    Raises:
+        NotFound: no such adapter id, or it is deleted already.
+    """
+    there = (adapters.c.project_id == project) & (adapters.c.id == adapter) & adapters.c.deleted_at.is_(None)
+    if conn.execute(update(adapters).where(there).values(deleted_at=at)).rowcount == 0:
+        raise _missing(adapter)
+    return _one(conn, adapters.c.id == adapter)
+
+
+def _one(conn: Connection, where: ColumnElement[bool], wanted: str = "") -> Adapter:
+    row = conn.execute(
+        select(adapters).where(where).order_by(adapters.c.version.desc()).limit(1)
+    ).one_or_none()
+    if row is None:
+        raise _missing(wanted)
+    return Adapter(**row._mapping)
+
+
+def _missing(reference: str) -> NotFound:
+    return NotFound(
+        f"no adapter {reference!r} in this project; GET /v1/adapters lists them", code="adapter_not_found"
+    )

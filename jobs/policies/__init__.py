@@ -1,4 +1,4 @@
-"""Who goes next. One file a policy; `decide` is pure, so that every rule of it can be tested as a function."""
+"""Who goes next. One file a policy; `decide` is pure, so that each of its rules is tested as a function."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from peft_service.variants import Frozen, union_of, variants_of
 
 @dataclass(frozen=True)
 class Waiting:
-    """A job that may start if there is room; never one that waits for a delay or for its last attempt to end."""
+    """A job that may start if there is room: not one that waits for a delay or for its last attempt to end."""
 
     job: str
     priority: int

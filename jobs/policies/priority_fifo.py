@@ -1,8 +1,8 @@
 """Highest priority first, then oldest first; a gang starts whole or not at all.
 
 The first job that has no room now holds back all behind it, even those that would fit: a big job would
-otherwise wait forever while small ones slip past. Only a job that the living nodes could not hold even if they
-were empty holds nobody back; it waits for nodes, not for its turn.
+otherwise wait forever while small ones slip past. Only a job that the living nodes could not hold even if
+they were empty holds nobody back; it waits for nodes, not for its turn.
 """
 
 from collections.abc import Sequence
