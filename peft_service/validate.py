@@ -30,6 +30,7 @@ MAX_LINE_BYTES = 16 * 1024**2
 MAX_PROBLEMS_COUNTED = 100_000
 """After so many, the rest of the file is only hashed: a file of line feeds must not keep a replica busy."""
 CHUNK_BYTES = 1024**2
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Report(Frozen):
@@ -124,7 +125,7 @@ def parse_line(line: Line) -> tuple[dict[str, Any] | None, list[Problem]]:
         hint = "one JSON object a line, each ended by a line feed"
         return None, [_at(line, Problem("", "line_too_long", message, hint))]
     raw = line.raw
-    if raw.startswith(b"\xef\xbb\xbf"):
+    if raw.startswith(BYTE_ORDER_MARK):
         if line.number > 1:
             message = "The line begins with a byte order mark."
             hint = "were files with byte order marks joined? Remove the bytes EF BB BF"
@@ -178,7 +179,7 @@ def validate(path: Path, *, limit: int = 100) -> Report:
     for line in lines_of(reading):
         if line.number == 1:
             foreign = _foreign_file(line.raw[:64]) if line.raw else ""
-            if line.raw and line.raw.startswith(b"\xef\xbb\xbf"):
+            if line.raw and line.raw.startswith(BYTE_ORDER_MARK):
                 warnings.append(Problem("", "bom", "The file begins with a byte order mark.", "", 1))
         if line.raw is not None and not line.raw.strip():
             # Whether it is a problem is known when something follows.
@@ -201,7 +202,7 @@ def validate(path: Path, *, limit: int = 100) -> Report:
                     assert format is not None
                     assert line.raw is not None
                     roles.update(format.roles(row))
-                    hashes.append(hash(line.raw))
+                    hashes.append(hash(line.raw.removeprefix(BYTE_ORDER_MARK).strip()))
                     characters.append(len(line.raw.decode()))
             if found:
                 if foreign and found[0].code in ("not_json", "not_utf8", "not_an_object", "line_too_long"):
@@ -304,7 +305,7 @@ def _foreign_file(head: bytes) -> str:
     ):
         if head.startswith(magic):
             return hint
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if text.startswith(b"["):
         return "the file looks like one JSON array: write each element on one line, without the brackets"
     if text in (b"{", b"{\r"):
