@@ -502,7 +502,7 @@ def test_reasons_reach_only_jobs_that_wait(engine: Engine) -> None:
     )
 )
 def test_no_order_of_moves_breaks_the_rules(engine: Engine, moves: list[str]) -> None:
-    """Attempts count up by one, only the newest lease works, and an end is the end. (What a row may be at all,
+    """Attempts count up by one, only the newest lease works, an end is the end. (What a row may be at all,
     the table checks by itself.)"""
     job = queue.submit(engine, new_job(random.random())).id
     leases: list[Lease] = []
@@ -559,7 +559,7 @@ def expire_if_running(engine: Engine, job: str) -> None:
 
 @pytest.fixture
 def many(engine: Engine) -> Engine:
-    """4,000 ended jobs, 1,000 waiting, 5 running, a tenth of each in our project: so that a plan that reads all
+    """4,000 ended jobs, 1,000 waiting, 5 running, a tenth of them in our project: a plan that reads all
     of them is the worse one."""
     add_project(engine, "other", "Other")
     template = queue.submit(engine, new_job())
