@@ -2,8 +2,8 @@
 
     "Could you book a table for 4 at 19:30?"  ->  {"tool": "book_table", "people": 4, "time": "19:30"}
 
-Generated, so it is free to use, and the same for the same seed. The shipped base model cannot do it and has never
-seen it; after about a minute of LoRA it can, with numbers, names and places that were not in its training rows.
+Generated, so it is free to use, and the same for the same seed. The shipped base model has never seen it and
+cannot do it; after less than a minute of LoRA it can, with numbers, names and places that were held out.
 """
 
 import json
@@ -17,25 +17,21 @@ BATCH_SIZE = 16
 N_EPOCHS = 4
 """What the demo trains with (LoRA of rank 16 on all linear layers)."""
 
-NAMES = (
-    "Anna Ben Carla David Emma Felix Grace Henry Ivy James Kate Leo Maria Noah Olivia Paul Quinn Rosa Sam Tina "
-    "Uma Victor Wendy Xavier Yara Zoe Alice Bruno Clara Daniel Elena Frank Gloria Hugo Irene Jack Karen Lucas Mia "
-    "Nina Oscar Peter Rita Simon Teresa Vera Walter Amir Bella Chloe Diego Esther"
-).split()
-CITIES = (
-    "Paris London Berlin Madrid Rome Vienna Lisbon Dublin Oslo Boston Chicago Denver Tokyo Sydney Toronto Cairo "
-    "Athens Prague Warsaw Milan Geneva Austin Seattle Miami"
-).split()
-DAYS = [
-    "today",
-    "tomorrow",
-    "on Monday",
-    "on Tuesday",
-    "on Wednesday",
-    "on Thursday",
-    "on Friday",
-    "on Saturday",
+# fmt: off
+NAMES = [
+    "Alice", "Amir", "Anna", "Bella", "Ben", "Bruno", "Carla", "Chloe", "Clara", "Daniel", "David",
+    "Diego", "Elena", "Emma", "Esther", "Felix", "Frank", "Gloria", "Grace", "Henry", "Hugo", "Irene",
+    "Ivy", "Jack", "James", "Karen", "Kate", "Leo", "Lucas", "Maria", "Mia", "Nina", "Noah", "Olivia",
+    "Oscar", "Paul", "Peter", "Quinn", "Rita", "Rosa", "Sam", "Simon", "Teresa", "Tina", "Uma", "Vera",
+    "Victor", "Walter", "Wendy", "Xavier", "Yara", "Zoe",
 ]
+CITIES = [
+    "Athens", "Austin", "Berlin", "Boston", "Cairo", "Chicago", "Denver", "Dublin", "Geneva", "Lisbon",
+    "London", "Madrid", "Miami", "Milan", "Oslo", "Paris", "Prague", "Rome", "Seattle", "Sydney",
+    "Tokyo", "Toronto", "Vienna", "Warsaw",
+]
+# fmt: on
+DAYS = ["today", "tomorrow", "on Monday", "on Tuesday", "on Wednesday", "on Thursday", "on Friday"]
 NEVER_TRAINED_NAMES = ["Natalia", "Robert", "Sophie", "Marcus"]
 NEVER_TRAINED_CITIES = ["Dallas", "Venice", "Houston"]
 
@@ -82,7 +78,8 @@ SLOTS: dict[str, list[str]] = {
     "get_weather": ["city", "day"],
     "call": ["who", "time"],
 }
-"""The order of the answer's keys. Held-out rows differ in names, cities, and in times and orders divisible by nine."""
+"""The answer's keys, in order. Held out: some names and cities; times and orders divisible by nine."""
+
 OPENINGS = [
     "Please {}.",
     "Can you {}?",
@@ -104,7 +101,7 @@ PROMPTS: list[tuple[str, str]] = [
     ),
     ("I need you to call Robert at 16:20.", '{"tool": "call", "who": "Robert", "time": "16:20"}'),
 ]
-"""(prompt, right answer), shown before and after. No training row has one of these prompts, times, orders, amounts, names or cities."""
+"""(prompt, answer), shown before and after; no training row has their times, orders, names or cities."""
 
 
 def training_rows(seed: int = 0, count: int = 640) -> list[Row]:

@@ -1,6 +1,6 @@
-"""Pretrain the base model that the repository ships: text -> tokenizer -> packed windows -> Llama -> safetensors.
+"""Pretrain the base model that the repository ships: text -> tokenizer -> windows -> Llama -> safetensors.
 
-    OMP_NUM_THREADS=2 python tools/pretrain.py --data ../shared/data --out build/pretrain --steps 700
+    OMP_NUM_THREADS=2 python tools/pretrain.py --data ../shared/data --out build/pretrain --steps 600
 
 Everything follows from the data, the seed and the arguments. `--out` always holds a complete, loadable model:
 it is written again every `--save-every` steps, so that a run cut short has a result too.
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 
 def held_out(key: str) -> bool:
-    """One document in 20, chosen by its name alone: the split survives any change of the order or of the rest."""
+    """One document in 20, by its name alone: the split survives a change of order or of the rest."""
     return hashlib.sha256(key.encode()).digest()[0] < 13
 
 
@@ -57,7 +57,7 @@ def tinyshakespeare(data: Path) -> Iterator[tuple[str, Row]]:
 
 
 def gsm8k(data: Path) -> Iterator[tuple[str, Row]]:
-    """MIT. The calculator marks <<48/2=24>> are left out; a third stays plain text, the rest is a conversation."""
+    """MIT. Without the calculator marks <<48/2=24>>; a third stays plain text, the rest is conversations."""
     for line in (data / "gsm8k/train.jsonl").read_text().splitlines():
         row = json.loads(line)
         question, answer = row["question"].strip(), re.sub(r"<<[^>]*>>", "", row["answer"]).strip()
@@ -115,10 +115,10 @@ def tau_bench(data: Path) -> Iterator[tuple[str, Row]]:
 
 
 def exercises(seed: int, count: int, words: list[str], sentences: list[str]) -> Iterator[tuple[str, Row]]:
-    """Made here: repeat a sentence, look a value up, pick from a list. They teach copying from the context.
+    """Made here: repeat a sentence, look a value up, pick from a list. They teach copying from context.
 
-    A model of this size sees too little text to learn that from prose, and nothing can be fine-tuned on top of
-    a model that cannot copy. The wording and the answers have nothing in common with the demo's task.
+    In so few tokens it does not learn that from prose, and nothing can be fine-tuned on top of a model that
+    cannot copy. The wording and the answers have nothing in common with the demo's task.
     """
     rng = random.Random(seed)
 
@@ -226,10 +226,10 @@ def plain(row: Row) -> str:
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any input can be written, so there is no unknown token. Digits stay single."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=SPECIAL + TOOL_MARKS,
@@ -296,8 +296,8 @@ def windows(
 class Muon:
     """Momentum whose update is orthogonalised by Newton-Schulz iterations (Jordan et al. 2024), for matrices.
 
-    Here because the budget is CPU minutes: it needs clearly fewer tokens than AdamW. `torch.optim.Muon` iterates
-    in bfloat16, which a CPU without AVX512-BF16 emulates at a thirtieth of its fp32 speed.
+    Here because the budget is CPU minutes: it needs clearly fewer tokens than AdamW. `torch.optim.Muon`
+    iterates in bfloat16, which a CPU without AVX512-BF16 emulates at a thirtieth of its fp32 speed.
     """
 
     def __init__(
@@ -330,7 +330,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Warm up over 20 steps, stay, then fall linearly to 2% over the last 40%: good to cut short before the fall."""
+    """Warm up over 20 steps, stay, then fall linearly to 2% over the last 40% of the steps."""
     return min(1.0, (step + 1) / 20, max(0.02, (steps - step) / (0.4 * steps)))
 
 
@@ -377,9 +377,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
     copy.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     described = json.loads((fresh / "tokenizer_config.json").read_text())
-    described["tokenizer_class"] = (
-        "PreTrainedTokenizerFast"  # known to transformers 4 and 5; "TokenizersBackend" only to 5
-    )
+    # transformers 4 and 5 know this name; the "TokenizersBackend" that 5 writes is unknown to 4
+    described["tokenizer_class"] = "PreTrainedTokenizerFast"
     (fresh / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
     (fresh / "README.md").write_text(card(record))
     (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -390,18 +389,16 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--tokens-per-step", type=int, default=3072)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=20)
-    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=60)
     parser.add_argument(
-        "--long-share", type=float, default=0.12, help="last part of the steps, in windows of 1024"
+        "--long-share", type=float, default=0.12, help="share of the steps, at the end, in windows of 1024"
     )
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -450,7 +447,7 @@ def main() -> None:
             np.stack([next(supply) for _ in range(arguments.tokens_per_step // length)])
         )
         loss = nats(model, batch_BT)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = arguments.learning_rate * schedule(step, arguments.steps)
         for group in adam.param_groups:

@@ -57,7 +57,8 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def pretrain() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pretrain", ROOT / "tools" / "pretrain.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -99,7 +100,8 @@ def test_any_text_survives_the_tokenizer(tokenizer: Any) -> None:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
     assert len(tokenizer("48213", add_special_tokens=False)["input_ids"]) == 5  # digits stay single
-    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token != tokenizer.eos_token
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token != tokenizer.eos_token
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])
@@ -116,7 +118,8 @@ def test_the_chat_template_is_prefix_stable_in_tokens(tokenizer: Any, tools: Any
         assert whole[: len(part)] == part
         if count < len(CHAT) and CHAT[count]["role"] == "assistant":
             asked = ids(CHAT[:count], prompt=True)
-            assert whole[: len(asked)] == asked and len(asked) > len(part)
+            assert whole[: len(asked)] == asked
+            assert len(asked) > len(part)
 
 
 def test_the_generation_mask_is_each_assistant_turn_with_its_end(tokenizer: Any) -> None:
@@ -169,7 +172,8 @@ def test_it_predicts_text_it_has_not_seen_far_better_than_word_counts_do(
 def test_no_held_out_document_is_trained_on(pretrain: ModuleType) -> None:
     for source, rows in pretrain.documents(DATA).items():
         seen = {json.dumps(row) for row in rows["train"]}
-        assert rows["held_out"] and not seen & {json.dumps(row) for row in rows["held_out"]}, source
+        assert rows["held_out"], source
+        assert not seen & {json.dumps(row) for row in rows["held_out"]}, source
 
 
 def test_the_card_names_every_source_its_licence_and_the_losses(pretrain: ModuleType) -> None:
@@ -192,7 +196,8 @@ def test_the_demo_rows_are_deterministic_and_training_never_sees_validation() ->
     unseen = [row["messages"][0]["content"] for row in validation] + [
         prompt for prompt, _ in demo_data.PROMPTS
     ]
-    assert len(set(asked)) == len(asked) and len(set(unseen)) == len(unseen)
+    assert len(set(asked)) == len(asked)
+    assert len(set(unseen)) == len(unseen)
     assert not set(asked) & set(unseen)
     text = demo_data.write_jsonl(training).decode()
     for name in demo_data.NEVER_TRAINED_NAMES + demo_data.NEVER_TRAINED_CITIES:
@@ -207,7 +212,8 @@ def test_every_demo_answer_is_one_line_of_json_that_the_request_determines() -> 
     pairs = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows]
     for request, answer in pairs + demo_data.PROMPTS:
         call = json.loads(answer)
-        assert json.dumps(call) == answer and call["tool"] in demo_data.ASKS
+        assert json.dumps(call) == answer
+        assert call["tool"] in demo_data.ASKS
         assert [key for key in call if key != "tool"] == demo_data.SLOTS[call["tool"]]
         assert all(str(value) in request for key, value in call.items() if key != "tool")
 
