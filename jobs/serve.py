@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.settings import PREFIX, Settings, load
+from peft_service.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
+
+    from cluster.dashboard import Dashboard
+    from cluster.launch import Launcher
+    from jobs.scheduler import Scheduler
 
 NAME = "peft-service"
 HANDED_OVER = "settings.json"
@@ -94,16 +99,73 @@ def api_app() -> "FastAPI":
     from peft_service.store import open_store
 
     settings = settings_here()
-    return create_app(settings, connect(settings.database_url), open_store(settings.store_url))
+    engine, store = connect(settings.database_url), open_store(settings.store_url)
+    return create_app(settings, engine, store, launcher_of(settings).logs)
+
+
+def scheduler_of(settings: Settings) -> "Scheduler":
+    """The scheduler with everything it works with."""
+    from cluster import capacity
+    from cluster.plan import Capacity, Plan, make_plan, shrink
+    from jobs import base_models
+    from jobs.db import connect
+    from jobs.queue import JobRow
+    from jobs.scheduler import Pace, Scheduler
+    from peft_service.spec import FineTuneSpec
+    from peft_service.store import open_store
+
+    engine = connect(settings.database_url)
+    dashboard = training_dashboard(settings)
+
+    def replan(row: JobRow, nodes: Capacity) -> Plan | None:
+        spec = FineTuneSpec.model_validate(row.spec)
+        shape = base_models.get(engine, spec.base.id).model_shape
+        if not row.plan:
+            return make_plan(spec, shape, nodes)
+        return shrink(Plan.model_validate(row.plan), spec, shape, nodes)
+
+    return Scheduler(
+        engine,
+        open_store(settings.store_url),
+        launcher_of(settings),
+        lambda: capacity.read(dashboard, settings.cluster_max),
+        pace=Pace(
+            tick=settings.tick_seconds, lease=settings.lease_seconds, grace=settings.stop_grace_seconds
+        ),
+        max_failures=settings.max_failures,
+        replan=replan,
+    )
+
+
+def launcher_of(settings: Settings) -> "Launcher":
+    from cluster.launch import RayJobsLauncher
+
+    return RayJobsLauncher(
+        training_dashboard(settings),
+        settings.store_url,
+        settings.worker_python,
+        settings.store_patience_seconds,
+    )
+
+
+def training_dashboard(settings: Settings) -> "Dashboard":
+    """The cluster that trains: one of its own, or the one we run on (whose GCS Ray tells its workers)."""
+    from cluster.dashboard import Dashboard
+
+    address = settings.train_ray_address or settings.ray_address
+    if address is None:
+        raise InvalidRequest(
+            "no training cluster: set PEFT_SERVICE_TRAIN_RAY_ADDRESS to its dashboard, http://host:8265",
+            code="invalid_settings",
+        )
+    return Dashboard(address, lambda: settings.train_ray_token, settings.cluster_seconds)
 
 
 class SchedulerReplica:
     """The scheduler, on a thread of a Serve replica, so that Serve replaces it when it dies or hangs."""
 
     def __init__(self) -> None:
-        from jobs.scheduler import from_settings
-
-        self._scheduler = from_settings(settings_here())
+        self._scheduler = scheduler_of(settings_here())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._scheduler.run, args=(self._stop,), daemon=True)
         self._thread.start()

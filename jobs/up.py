@@ -33,7 +33,8 @@ from peft_service.errors import PeftServiceError
 
 STARTING_SECONDS = 180
 """How long the whole may take; a slow machine needs half a minute."""
-STOPPING_SECONDS = 15
+STOPPING_SECONDS = 2
+CAPACITY_SECONDS = 10
 MARK = "PEFT_UP"
 """Variable in the environment of everything that `up` starts: it tells our processes from all others."""
 OBJECT_STORE_BYTES = 200_000_000
@@ -90,8 +91,15 @@ def up(settings: Settings, say: Callable[[str], None] = lambda text: None) -> Ru
         if state is not None:
             say("cleaning up what is left of an earlier start")
             _end(settings, state)
-        starting = _join if settings.ray_address else _start
-        state = starting(settings, say)
+        since = time.time()
+        try:
+            state = (_join if settings.ray_address else _start)(settings, say)
+        except BaseException:
+            begun = _read(settings.data_dir)
+            if begun is not None:
+                _end(settings, begun)
+            raise
+        _wait_for_capacity(settings, since)
         say(f"ready after {time.monotonic() - began:.1f} s")
         return _running(settings, state, started=True, began=began)
 
@@ -157,7 +165,7 @@ def _start(settings: Settings, say: Callable[[str], None]) -> State:
         [
             *(*ray, "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"),
             *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-            *(f"--port={gcs}", f"--ray-client-server-port={client}"),
+            *(f"--port={gcs}", f"--ray-client-server-port={client}", "--no-monitor"),
             *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
             *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={temp_dir}"),
             *(f"--object-store-memory={OBJECT_STORE_BYTES}",),
@@ -195,11 +203,11 @@ def _start(settings: Settings, say: Callable[[str], None]) -> State:
     deadline = time.monotonic() + STARTING_SECONDS
     while not _healthy(state.url):
         if head.poll() is not None:
-            raise _not_started(settings, state, "the Ray head has ended", head_log)
+            raise _not_started("the Ray head has ended", head_log)
         if deploy.poll() not in (None, 0):
-            raise _not_started(settings, state, "the Serve application was not deployed", deploy_log)
+            raise _not_started("the Serve application was not deployed", deploy_log)
         if time.monotonic() > deadline:
-            raise _not_started(settings, state, f"not ready after {STARTING_SECONDS} s", deploy_log)
+            raise _not_started(f"not ready after {STARTING_SECONDS} s", deploy_log)
         time.sleep(0.1)
     return state
 
@@ -265,24 +273,39 @@ def _driver(settings: Settings, dashboard: Dashboard, arguments: list[str]) -> s
 
 def _prepare_database(settings: Settings) -> None:
     """Tables, the first project with its key, and the base model that ships with the package."""
+    from jobs.base_models import register
     from jobs.db import connect, migrate
     from jobs.keys import ensure_first_key
+    from peft_service import shipped
 
     migrate(settings.database_url)
     engine = connect(settings.database_url)
     try:
         ensure_first_key(engine, settings.data_dir)
-        _register_shipped(engine)
+        register(engine, (), shipped.SHIPPED_ID, shipped.uri())
     finally:
         engine.dispose()
 
 
-def _register_shipped(engine: Any) -> None:
-    from jobs.base_models import register
-    from peft_service import shipped
+def _wait_for_capacity(settings: Settings, since: float) -> None:
+    """Until the scheduler has seen the cluster: then a submitted job is planned, or refused, at once.
 
-    for name, directory in shipped.base_models():
-        register(engine, (), name, directory.as_uri())
+    Not for long, because a training cluster that is away is no reason not to take jobs.
+    """
+    from sqlalchemy import select
+
+    from jobs.db import capacity, connect, reading
+
+    engine = connect(settings.database_url)
+    deadline = time.monotonic() + CAPACITY_SECONDS
+    try:
+        while time.monotonic() < deadline:
+            with reading(engine) as conn:
+                if (conn.scalar(select(capacity.c.updated_at)) or 0) >= since:
+                    return
+            time.sleep(0.1)
+    finally:
+        engine.dispose()
 
 
 def _end(settings: Settings, state: State) -> None:
@@ -293,18 +316,14 @@ def _end(settings: Settings, state: State) -> None:
             _driver(settings, dashboard, ["delete"])
         (settings.data_dir / HANDED_OVER).unlink(missing_ok=True)
     elif state.head is not None:
-        if _started(state.head) == state.head_started:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(state.head, signal.SIGTERM)
-        deadline = time.monotonic() + STOPPING_SECONDS
-        while _ours(state) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for pid in _ours(state):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + STOPPING_SECONDS
-        while _ours(state) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        # All at once: asked politely, the head waits for its raylet, and that for its actors, for very long.
+        for order in (signal.SIGTERM, signal.SIGKILL):
+            for pid in _ours(state):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, order)
+            deadline = time.monotonic() + STOPPING_SECONDS
+            while _ours(state) and time.monotonic() < deadline:
+                time.sleep(0.05)
     if state.temp_dir:
         shutil.rmtree(state.temp_dir, ignore_errors=True)
     (settings.data_dir / "up.json").unlink(missing_ok=True)
@@ -362,9 +381,8 @@ def _running(settings: Settings, state: State, *, started: bool, began: float) -
     )
 
 
-def _not_started(settings: Settings, state: State, what: str, log: Path) -> NotStarted:
+def _not_started(what: str, log: Path) -> NotStarted:
     text = log.read_text(errors="replace")[-3000:]
-    _end(settings, state)
     return NotStarted(f"{what}; the end of {log}:\n{text}")
 
 
