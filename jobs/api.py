@@ -16,7 +16,6 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel, Field
 from sqlalchemy import Engine
@@ -210,13 +209,12 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, body.printable(request.scope["path"])
     if error.status_code == 404:
-        paths = [route.path for route in request.app.routes if isinstance(route, APIRoute)]
+        paths = list(request.app.openapi()["paths"])
         said = NotFound(
             f"there is no route {method} {path}: {body.nearest(path, paths)}", code="unknown_route"
         )
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        said = NotFound(f"{path} has no {method}, only {allowed}", code="method_not_allowed")
+        said = NotFound(f"there is no {method} of {path}; see /openapi.json", code="method_not_allowed")
     else:
         said = NotFound(str(error.detail), code="invalid_request")
     return _envelope(said, error.status_code, dict(error.headers or {}))

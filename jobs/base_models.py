@@ -250,7 +250,11 @@ def _close(source: Source, id: str) -> str:
 
 
 def _inspected(id: str, uri: str) -> BaseRow:
-    info = inspect(uri)
+    try:
+        info = inspect(uri)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError) as error:
+        # Whatever somebody has put there: a config.json can hold anything of any type.
+        raise UnknownBase(f"{uri} cannot be read as a model: {error!r}"[:500], param="model") from error
     facts = info.model_dump(include={"architecture", "license", "has_chat_template", "context_length"})
     return BaseRow(
         0, id, uri, info.revision, info.digest, info.shape.model_dump(mode="json"), facts, time.time()

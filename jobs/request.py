@@ -1,8 +1,9 @@
 """From the body of `POST /fine_tuning/jobs` to a FineTuneSpec with every "auto" resolved.
 
 Four dialects arrive here: OpenAI's `method.supervised.hyperparameters`, its older top-level
-`hyperparameters`, the flat keys that some hosts put in there (`lora_r`, `learning_rate`, …), and our own `adapter`, `base`,
-`training`, `data`, `resources`. They are one request: a value given twice must be the same value.
+`hyperparameters`, the flat keys that some hosts put in there (`lora_r`, `learning_rate`, …), and our own
+`adapter`, `base`, `training`, `data`, `resources`. They are one request: a value given twice must be the same
+value.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, create_model, field_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, field_validator
 
 from jobs.body import check, unknown_key
 from jobs.db import PRIORITY_HIGHEST, PRIORITY_LOWEST, PRIORITY_NORMAL
@@ -31,6 +32,16 @@ ALIASES = {
 """Names that PEFT and others give to the fields of a method."""
 MAX_SEQ_LEN = 2048
 UNSUPPORTED_METHODS = ("dpo", "reinforcement")
+
+
+def methods_by_kind() -> dict[str, type[Method]]:
+    return {kind_of(method): cast("type[Method]", method) for method in METHODS}
+
+
+def _adapter_schema() -> dict[str, Any]:
+    """JSON schema of `adapter`: any method, with other keys beside its own because there are aliases."""
+    schemas = [method.model_json_schema() | {"additionalProperties": True} for method in METHODS]
+    return {"anyOf": [*schemas, {"type": "null"}], "default": None}
 
 
 def _constrained(name: str) -> Any:
@@ -135,7 +146,7 @@ class CreateJob(Frozen):
 
     name: str | None = Field(None, pattern=NAME_PATTERN)
     """The adapter's name in the catalog. The suffix is the same thing: give one. Default: base and method."""
-    adapter: dict[str, Any] | None = None
+    adapter: Annotated[dict[str, Any] | None, WithJsonSchema(_adapter_schema())] = None
     """The method, by `kind` (default `lora`), and its own fields; `GET /v1/methods` lists both."""
     base: BaseRequest | None = None
     training: TrainingRequest | None = None
@@ -150,18 +161,6 @@ class CreateJob(Frozen):
         if value is not None and ".." in value:
             raise ValueError("must not contain '..'")
         return value
-
-
-def methods_by_kind() -> dict[str, type[Method]]:
-    return {kind_of(method): cast("type[Method]", method) for method in METHODS}
-
-
-def adapter_schema() -> dict[str, Any]:
-    """JSON schema of `adapter`: any method, with aliases accepted on top."""
-    return {
-        "anyOf": [*(method.model_json_schema() for method in METHODS), {"type": "null"}],
-        "title": "Adapter",
-    }
 
 
 @dataclass(frozen=True)
