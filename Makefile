@@ -47,6 +47,7 @@ check: $(VENV)/developer ## lint, format, types, import rules, docs in step with
 format: $(VENV)/developer ## put the code into its standard format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/python tools/check_docs.py --write
 
 bench: $(VENV)/developer ## the figures of the README: latency, listing, time to first step, own share
 	@$(BIN)/python -m tests.benchmarks.run

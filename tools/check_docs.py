@@ -1,8 +1,10 @@
-"""Docs describe today's code: every package README's map names each file once, and nothing else.
+"""Docs describe today's code: every package README's map is made of the first sentences of its files.
 
-A map is the lines of the README that start with a backticked path, `file.py`, then text. Run by `make check`.
+python tools/check_docs.py           compare; exit code 1 and the differences if one is stale (`make check`)
+python tools/check_docs.py --write   bring them up to date (`make format`)
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,62 +12,72 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("peft_service", "cluster", "jobs", "infra", "tests", "tools")
-ENTRY = re.compile(r"^[-*]? ?`([^`]+)`\s+\S")
+SUFFIXES = (".py", ".yaml", ".sh")
+BLOCK = re.compile(r"(?<=## Map\n).*?(?=\n## |\Z)", re.DOTALL)
 
 
-def tracked(package: str) -> set[str]:
-    """Files of the package that a reader meets: sources and manifests, not data, not empty markers."""
+def files_of(package: str) -> list[Path]:
+    """Sources and manifests of the package that git knows or would; not data, not empty markers."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", package],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout.splitlines()  # fmt: skip
-    wanted = set()
-    for name in listed:
-        path = ROOT / name
-        if not path.exists() or path.name in ("README.md", "py.typed"):
-            continue
-        if path.name == "__init__.py" and not path.read_text().strip():
-            continue
-        if path.suffix in (".py", ".yaml", ".sh", ".ini", ".mako") or path.name == "Dockerfile":
-            wanted.add(str(path.relative_to(ROOT / package)))
-    return wanted
+    paths = {ROOT / name for name in listed}
+    return sorted(
+        path
+        for path in paths
+        if path.exists()
+        and (path.suffix in SUFFIXES or path.name.startswith("Dockerfile"))
+        and not (path.name == "__init__.py" and not path.read_text().strip())
+        and path.parent.name != "versions"  # migrations: their names say it
+    )
 
 
-def mapped(readme: Path) -> list[str]:
-    """The paths that the README's map lines name."""
-    found = []
-    inside = False
-    for line in readme.read_text().splitlines():
-        if line.startswith("## "):
-            inside = line.strip().lower() == "## map"
-        match = ENTRY.match(line) if inside else None
-        if match:
-            found.append(match.group(1))
-    return found
+def sentence_of(path: Path) -> str:
+    """What the file says that it is: the first line of its docstring, or its first comment."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        lines = (ast.get_docstring(ast.parse(text)) or "").splitlines()
+        return lines[0].strip() if lines else ""
+    block: list[str] = []
+    for line in text.splitlines():
+        if re.match(r"#\s*\S", line) and not line.startswith(("#!", "# syntax=")):
+            block.append(line.lstrip("# ").strip())
+        elif block:
+            break
+    return re.split(r"(?<=\.) ", " ".join(block), maxsplit=1)[0]
 
 
-def main() -> int:
+def map_of(package: str) -> tuple[str, list[str]]:
+    """The map's text, and the files that say nothing about themselves."""
+    lines, silent = [], []
+    for path in files_of(package):
+        name, sentence = path.relative_to(ROOT / package), sentence_of(path)
+        if not sentence:
+            silent.append(f"{package}/{name} does not say what it is: give it a first sentence")
+        lines.append(f"- `{name}`: {sentence}")
+    return "\n" + "\n".join(lines) + "\n", silent
+
+
+def main(arguments: list[str]) -> int:
     problems = []
     for package in MAPPED:
         readme = ROOT / package / "README.md"
-        if not readme.exists():
-            problems.append(f"{package}/README.md is missing: write its `## Map`, a line a file")
+        if not readme.exists() or not BLOCK.search(readme.read_text()):
+            problems.append(f"{package}/README.md has no `## Map` section")
             continue
-        entries, files = mapped(readme), tracked(package)
-        # An entry that ends with / stands for a folder whose files are variants of one thing.
-        folders = tuple(entry for entry in entries if entry.endswith("/"))
-        for entry in entries:
-            if entries.count(entry) > 1:
-                problems.append(f"{package}/README.md names `{entry}` twice")
-            if not (ROOT / package / entry).exists():
-                problems.append(f"{package}/README.md names `{entry}`, which does not exist")
-        for name in sorted(files - set(entries)):
-            if not name.startswith(folders or ("\0",)):
-                problems.append(f"{package}/{name} is not in the map of {package}/README.md")
+        made, silent = map_of(package)
+        problems += silent
+        before = readme.read_text()
+        after = BLOCK.sub(lambda _: made, before, count=1)
+        if "--write" in arguments:
+            readme.write_text(after)
+        elif before != after:
+            problems.append(f"the map of {package}/README.md is stale: run `make format`")
     for problem in problems:
         sys.stderr.write(problem + "\n")
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
