@@ -267,9 +267,10 @@ def models(
     if as_json:
         _json([item.model_dump() for item in found])
     elif methods:
-        _table(("method", "what"), [(item.kind, getattr(item, "summary", "")) for item in found])
+        _table(("method", "what"), [(item.kind, item.summary) for item in found])
     elif bases:
-        _table(("id", "uri"), [(item.id, getattr(item, "uri", "")) for item in found])
+        rows = [(item.id, f"{item.parameters:,}", item.context_length, item.uri) for item in found]
+        _table(("id", "parameters", "context", "uri"), rows)
     else:
         _table(("id", "owner", "created"), [(m.id, m.owned_by, _when(m.created)) for m in found])
 
@@ -511,25 +512,15 @@ def adapters(
 ) -> None:
     """The catalog: every adapter that passed its checks."""
     with _client() as client:
-        if name is not None and ("@" in name or name.startswith("adapter_")):
+        if name is not None and ("@" in name or name.startswith(("adapter_", "ft:", "ftjob-"))):
             _details(client.adapter(name).model_dump(), as_json)
             return
         found = list(client.adapters(name=name, base=base))
     if as_json:
         _json([adapter.model_dump() for adapter in found])
         return
-    rows = [
-        (
-            f"{a.name}@{a.version}",
-            getattr(a, "method", ""),
-            a.base or "",
-            a.job or "",
-            _when(a.created_at),
-            a.id,
-        )
-        for a in found
-    ]
-    _table(("adapter", "method", "base", "job", "created", "id"), rows)
+    rows = [(a.reference, a.method, a.base, f"{a.bytes:,}", _when(a.created_at), a.job, a.url) for a in found]
+    _table(("adapter", "method", "base", "bytes", "created", "job", "where"), rows)
 
 
 @app.command()

@@ -131,23 +131,35 @@ class BaseInfo(Answer):
     """A base model that jobs may name."""
 
     id: str
+    uri: str
+    parameters: int
+    context_length: int | None = None
 
 
 class MethodInfo(Answer):
-    """A fine-tuning method, with the JSON schema of its fields."""
+    """A fine-tuning method; `defaults` and `schema` of its fields are among what the service adds."""
 
     kind: str
+    summary: str = ""
 
 
 class Adapter(Answer):
     id: str
     name: str
     version: int
-    base: str | None = None
-    method: str | None = None
-    job: str | None = None
-    location: str | None = None
-    created_at: int | None = None
+    reference: str
+    """`name@version`"""
+    model: str | None = None
+    """Its name among the models: `ft:…`."""
+    base: str
+    method: str
+    job: str
+    url: str
+    """Where it lies in the bucket."""
+    digest: str
+    metrics: dict[str, Any] = {}
+    bytes: int
+    created_at: int
 
 
 class AdapterFile(Answer):
@@ -372,28 +384,30 @@ class Client:
     def methods(self) -> Iterator[MethodInfo]:
         return self._pages(MethodInfo, "methods", {})
 
-    def adapters(self, **filters: str | None) -> Iterator[Adapter]:
-        """Newest first; filters as in `GET /v1/adapters`: name, base, job, …"""
-        return self._pages(Adapter, "adapters", filters)
+    def adapters(
+        self,
+        name: str | None = None,
+        *,
+        base: str | None = None,
+        method: str | None = None,
+        job: str | None = None,
+    ) -> Iterator[Adapter]:
+        """Newest first."""
+        query = {"name": name, "base": base, "method": method, "job": job, "limit": 100}
+        return self._pages(Adapter, "adapters", query)
 
-    def adapter(self, name: str) -> Adapter:
-        """By id, by name (its newest version), by name and version (`support-bot@3`), or by job.
+    def adapter(self, reference: str) -> Adapter:
+        """By id, `name` (its newest version), `name@version`, model name (`ft:…`) or job (`ftjob-…`).
 
         Raises:
             NotFound
         """
-        if name.startswith("ftjob-"):
-            made = self.job(name)
+        if reference.startswith("ftjob-"):
+            made = self.job(reference)
             if made.adapter_id is None:
-                raise NotFound(f"{name} is {made.status} and has published no adapter", param="adapter")
-            name = made.adapter_id
-        if name.startswith("adapter_"):
-            return Adapter.model_validate(self._json("GET", f"adapters/{quote(name, safe='')}"))
-        plain, _, version = name.partition("@")
-        for adapter in self.adapters(name=plain):
-            if not version or version.removeprefix("v") == str(adapter.version):
-                return adapter
-        raise NotFound(f"there is no adapter {name!r}; `peft-service adapters` lists them", param="adapter")
+                raise NotFound(f"{reference} is {made.status} and has published no adapter", param="adapter")
+            reference = made.adapter_id
+        return Adapter.model_validate(self._json("GET", f"adapters/{quote(reference, safe='')}"))
 
     def adapter_files(self, adapter_id: str) -> list[AdapterFile]:
         return list(self._pages(AdapterFile, f"adapters/{quote(adapter_id, safe='')}/files", {}))
@@ -541,7 +555,7 @@ def check_inside(path: str) -> None:
         InvalidRequest
     """
     parts = PurePosixPath(path).parts
-    plain = path and "\\" not in path and "\0" not in path and ":" not in path
+    plain = parts and "\\" not in path and "\0" not in path and ":" not in path
     if not plain or path.startswith("/") or ".." in parts or str(PurePosixPath(path)) != path:
         raise InvalidRequest(f"the adapter names a file {path!r}, which is no plain path inside it; refused")
 

@@ -108,13 +108,12 @@ def _journey(client: Client, scratch: Path, report: Report, console: Console, se
     with _timed(report, "pull and verify the adapter"):
         adapter = client.adapter(job.id)
         client.pull(adapter.id, target)
-    report.adapter, report.location = f"{adapter.name}@{adapter.version}", adapter.location or ""
+    report.adapter, report.location = adapter.reference, adapter.url
     console.print(f"\n[bold]3[/] pulled {report.adapter}: every checksum is right", highlight=False)
     console.print(f"  bucket   {escape(report.location)}", highlight=False)
     console.print(f"  catalog  GET /v1/adapters/{adapter.id}", highlight=False)
     with _timed(report, "plain transformers + peft, before and after"):
-        base = next(directory for name, directory in shipped.base_models() if name == shipped.SHIPPED_ID)
-        found = _in_another_process(base, target, validation)
+        found = _in_another_process(shipped.path(), target, validation)
     report.base_loss, report.adapter_loss = found["base_loss"], found["adapter_loss"]
     wanted = dict(demo_data.PROMPTS)
     report.answers = [{**answer, "wanted": wanted[answer["prompt"]]} for answer in found["answers"]]
