@@ -1,6 +1,6 @@
 """Docs describe today's code: every package README's map is made of the first sentences of its files.
 
-python tools/check_docs.py           compare; exit code 1 and the differences if one is stale (`make check`)
+python tools/check_docs.py           compare; exit code 1 if one is stale (`make check`)
 python tools/check_docs.py --write   bring them up to date (`make format`)
 """
 
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         made, silent = map_of(package)
         problems += silent
         before = readme.read_text()
-        after = BLOCK.sub(lambda _: made, before, count=1)
+        after = BLOCK.sub(made.replace("\\", r"\\"), before, count=1)
         if "--write" in arguments:
             readme.write_text(after)
         elif before != after:
