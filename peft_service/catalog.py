@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeEngine
 
-from peft_service.errors import Conflict, NotFound
+from peft_service.errors import Conflict, GateFailed, NotFound, ObjectNotFound
 from peft_service.store import Store
 
 METADATA = MetaData(
@@ -139,6 +139,83 @@ def location_of(project: str, base_id: str, name: str, version: int, job: str) -
     return f"{project}/adapters/{slug_of(base_id)}/{name}-v{version:04d}-{id8_of(job)}"
 
 
+def read(store: Store, location: str) -> Adapter:
+    """The adapter at this prefix of the store, from its manifest alone.
+
+    Raises:
+        ObjectNotFound: no manifest: no adapter, or not yet a whole one.
+        GateFailed: the manifest lacks what the catalog needs.
+    """
+    text = store.get(f"{location}/manifest.json")
+    try:
+        manifest = json.loads(text)
+        record, listed = manifest["record"], manifest["files"]
+        (weights,) = (file for file in listed if file["path"] == "adapter_model.safetensors")
+        return Adapter(
+            id=record["id"],
+            project_id=record["project"],
+            name=record["name"],
+            version=record["version"],
+            base_id=record["spec"]["base"]["id"],
+            base_digest=record["spec"]["base"]["digest"],
+            method=record["spec"]["method"]["kind"],
+            job_id=record["job"],
+            location=location,
+            digest=weights["sha256"],
+            manifest=manifest,
+            metrics=record["metrics"],
+            bytes=sum(file["size"] for file in listed),
+            created_at=record["created_at"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise GateFailed(
+            f"{location}/manifest.json in {store.url} is no manifest of an adapter ({error!r})"
+        ) from error
+
+
+def rebuild(conn: Connection, store: Store, project: str) -> tuple[int, list[str]]:
+    """Register every adapter of a project that the store holds and the catalog does not.
+
+    Returns how many there are, and a sentence for each prefix that could not be registered. Oldest first, so
+    that the catalog lists them as it once did.
+    """
+    found: list[Adapter] = []
+    problems: list[str] = []
+    for info in store.list(f"{project}/adapters/"):
+        if info.key.endswith("/manifest.json"):
+            try:
+                found.append(read(store, info.key.removesuffix("/manifest.json")))
+            except (GateFailed, ObjectNotFound) as error:
+                problems.append(error.message)
+    registered = 0
+    for adapter in sorted(found, key=lambda adapter: (adapter.created_at, adapter.id)):
+        try:
+            register(conn, adapter)
+            registered += 1
+        except Conflict as error:
+            problems.append(error.message)
+    return registered, problems
+
+
+def lineage(adapter: Adapter) -> dict[str, Any]:
+    """What the adapter was made from, and how, as its manifest tells it."""
+    record: Mapping[str, Any] = adapter.manifest["record"]
+    spec = record["spec"]
+    return {
+        "job": adapter.job_id,
+        "attempt": record.get("attempt"),
+        "base": spec["base"],
+        "method": spec["method"],
+        "objective": spec.get("objective"),
+        "data": {name: file for name, file in spec["data"].items() if isinstance(file, dict)},
+        "training": spec["training"],
+        "seed": spec.get("seed"),
+        "steps": record.get("step"),
+        "trained_tokens": record.get("trained_tokens"),
+        "software": adapter.manifest.get("software"),
+    }
+
+
 def register(conn: Connection, adapter: Adapter) -> Adapter:
     """Add an adapter whose files are in the store. The same adapter twice is once.
 
@@ -185,9 +262,12 @@ def find(conn: Connection, project: str, reference: str) -> Adapter:
     if reference.startswith("adapter_"):
         return _one(conn, mine & (adapters.c.id == reference), wanted=reference)
     if reference.startswith("ft:"):
-        tail = reference.rpartition(":")[2]
+        words = reference.split(":")
+        if len(words) < 5:
+            raise _missing(reference)
+        model_name, tail = words[-2:]
         begins = (adapters.c.id >= f"adapter_{tail}") & (adapters.c.id < f"adapter_{tail}~")
-        return _one(conn, there & begins, wanted=reference)
+        return _one(conn, there & begins & (adapters.c.name == model_name), wanted=reference)
     if at and not (number.isascii() and number.isdigit() and len(number) < 10):
         raise NotFound(
             f"no adapter {reference!r}: after the @ stands a version number, as in {name}@1", param="adapter"

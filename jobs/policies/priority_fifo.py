@@ -86,12 +86,16 @@ def _gang(demand: Demand) -> str:
 def _each(gpus: float, cpus: float, memory_bytes: float) -> str:
     parts = [_count(gpus, "GPU")] if gpus else []
     parts += [_count(cpus, "CPU")] if cpus else []
-    parts += [_count(memory_bytes / 1e9, "GB")] if memory_bytes else []
+    parts += [_size(memory_bytes)] if memory_bytes else []
     return " + ".join(parts) or "nothing"
 
 
 def _count(amount: float, unit: str) -> str:
     return f"{_number(amount)} {unit}" + ("s" if unit != "GB" and amount != 1 else "")
+
+
+def _size(memory_bytes: float) -> str:
+    return f"{_number(memory_bytes / 1e9)} GB" if memory_bytes >= 1e9 else f"{_number(memory_bytes / 1e6)} MB"
 
 
 def _number(amount: float) -> str:
