@@ -1,0 +1,274 @@
+"""The gate: a clean process that loads an adapter as a user will, and checks it.
+
+It uses plain `transformers` and `peft` for all that it loads: nothing that the trainer patched is in this
+process. Shape suffixes: B rows, T tokens, V vocabulary.
+
+The probe is a directory written by the trainer: `probe.safetensors` (tokens_BT, mask_BT, and the logits_BTV
+of the live model), `rows.jsonl` (rows of the training file) and `rows.safetensors` (what they were tokenised
+to).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_service.adapter import WEIGHTS, Check
+from peft_service.errors import GateFailed
+from peft_service.spec import DataFile, FineTuneSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROBE_ROWS = 4
+PROBE_TOKENS = 64
+"""Of each row at most: logits are as wide as the vocabulary."""
+TOLERANCE = {("fp32", False): 1e-4, ("fp32", True): 1e-3, ("bf16", False): 5e-2, ("bf16", True): 8e-2}
+"""Largest difference of a logit, as a share of the largest, by precision and whether the base is quantised.
+
+bf16 has 8 bits: two orders of the same sums differ by about 1 % here. The trainer's logits come from float32
+masters rounded to bf16, the reloaded ones from the rounded file: the same numbers, in another order.
+"""
+SECONDS = 1800
+
+
+def write_probe(
+    directory: Path,
+    probe: "dict[str, Tensor]",
+    training_file: Path,
+    data: DataFile,
+    tokenised: Any,
+) -> None:
+    """Lay down what the gate compares with: logits of the live model, and some rows with their token ids.
+
+    `tokenised` is the whole training file (`tokenise.Tokenised`); the first rows of it are taken.
+    """
+    import numpy as np
+    from safetensors.torch import save_file
+
+    from peft_service.tokenise import Tokenised
+
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(probe, directory / "probe.safetensors")
+    count = min(PROBE_ROWS, tokenised.rows)
+    wanted = {int(line) for line in tokenised.lines[:count]}
+    with training_file.open("rb") as source, (directory / "rows.jsonl").open("wb") as target:
+        for number, line in enumerate(source, 1):
+            if number in wanted:
+                target.write(line.rstrip(b"\r\n") + b"\n")
+            if number >= max(wanted):
+                break
+    end = int(tokenised.offsets[count])
+    Tokenised(
+        tokenised.input_ids[:end].copy(),
+        tokenised.target_mask[:end].copy(),
+        tokenised.offsets[: count + 1].copy(),
+        np.arange(1, count + 1, dtype=np.int64),
+    ).save(directory / "rows.safetensors")
+
+
+def prove(
+    adapter: Path, base: Path, probe: Path, spec: FineTuneSpec, *, precision: str, trainable: int
+) -> tuple[Check, ...]:
+    """Run the gate on staged files in a process of its own.
+
+    Raises:
+        GateFailed: that process died; what it said is in the message. A check that failed is in the result.
+    """
+    arguments = {
+        "adapter": str(adapter),
+        "base": str(base),
+        "probe": str(probe),
+        "precision": precision,
+        "quantize": spec.base.quantize,
+        "format": spec.data.training.format,
+        "max_seq_len": spec.training.max_seq_len,
+        "too_long": spec.data.too_long,
+        "trainable": trainable,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_service.gate", json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    if done.returncode != 0 or not done.stdout.strip():
+        raise GateFailed(
+            "the adapter could not be loaded by plain peft: " + (done.stderr.strip()[-2000:] or "no message")
+        )
+    return tuple(Check.model_validate(check) for check in json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the checks as one line of JSON; exit code 0 even where one has failed."""
+    parser = argparse.ArgumentParser(prog="python -m peft_service.gate", description=__doc__)
+    parser.add_argument("arguments", help="JSON, as `prove` makes it")
+    options = json.loads(parser.parse_args(arguments).arguments)
+    checks = [check.model_dump() for check in checks_of(**options)]
+    sys.stdout.write(json.dumps(checks) + "\n")
+    return 0
+
+
+def checks_of(
+    *,
+    adapter: str,
+    base: str,
+    probe: str,
+    precision: str,
+    quantize: str | None,
+    format: str,
+    max_seq_len: int,
+    too_long: Any,
+    trainable: int,
+) -> list[Check]:
+    """All checks, in order; one that cannot be made counts as failed and says why."""
+    from safetensors.torch import load_file
+
+    weights = load_file(Path(adapter, WEIGHTS))
+    checks = [_check("finite", lambda: finite(weights)), _check("nonzero", lambda: nonzero(weights))]
+    if all(check.passed for check in checks):
+        model = load(Path(adapter), Path(base), precision, quantize)
+        checks.append(_check("shapes_and_count", lambda: shapes_and_count(model, weights, trainable)))
+        tolerance = TOLERANCE[precision, quantize is not None]
+        checks.append(_check("logits_equal", lambda: logits_equal(model, Path(probe), tolerance)))
+    checks.append(
+        _check(
+            "template_round_trip",
+            lambda: template_round_trip(Path(adapter), Path(probe), format, max_seq_len, too_long),
+        )
+    )
+    return checks
+
+
+class _Failed(Exception):
+    """A check has not passed; the message says what was seen."""
+
+
+def _check(name: str, run: Callable[[], str]) -> Check:
+    try:
+        return Check(name=name, passed=True, detail=run())
+    except Exception as error:
+        detail = str(error) if isinstance(error, _Failed) else f"{type(error).__name__}: {error}"
+        return Check(name=name, passed=False, detail=detail)
+
+
+def finite(weights: "dict[str, Tensor]") -> str:
+    import torch
+
+    bad = sorted(name for name, tensor in weights.items() if not torch.isfinite(tensor).all())
+    if bad:
+        raise _Failed(
+            f"{len(bad)} of {len(weights)} tensors have values that are not finite, the first is {bad[0]}"
+        )
+    return f"all values of {len(weights)} tensors are finite"
+
+
+def nonzero(weights: "dict[str, Tensor]") -> str:
+    empty = sorted(name for name, tensor in weights.items() if tensor.numel() == 0)
+    if empty:
+        raise _Failed(f"{len(empty)} of {len(weights)} tensors are empty, the first is {empty[0]}")
+    dead = [name for name, tensor in weights.items() if not tensor.any()]
+    # One B at zero can be a module that no row reached; all of them is an adapter that learned nothing.
+    outputs = [name for name in weights if "lora_B" in name] or list(weights)
+    if set(outputs) <= set(dead):
+        raise _Failed(f"all {len(outputs)} output matrices are zero: the adapter does nothing")
+    return f"{len(weights) - len(dead)} of {len(weights)} tensors are not zero"
+
+
+def load(adapter: Path, base: Path, precision: str, quantize: str | None) -> Any:
+    """Base and adapter as the README of the adapter says."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    options: dict[str, Any] = {}
+    if quantize:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if torch.cuda.is_available():
+        options["device_map"] = {"": 0}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, **options)
+    if quantize and not torch.cuda.is_available():
+        import bitsandbytes
+
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                # As in base_model.load: this CPU path repacks weights in place and then misreads them.
+                module.support_avx512bf16_for_cpu = False
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def shapes_and_count(model: Any, weights: "dict[str, Tensor]", trainable: int) -> str:
+    from peft import get_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing, surplus = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing or surplus:
+        raise _Failed(
+            f"PEFT wants {missing[:3]} which the file lacks, the file has {surplus[:3]} which PEFT ignores"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            raise _Failed(
+                f"{name} is {list(tensor.shape)} in the file, PEFT wants {list(wanted[name].shape)}"
+            )
+    count = sum(tensor.numel() for tensor in weights.values())
+    if count != trainable:
+        raise _Failed(f"the file has {count} values, the method's formula says {trainable}")
+    return f"{len(weights)} tensors with {count} values, as the method's formula says"
+
+
+def logits_equal(model: Any, probe: Path, tolerance: float) -> str:
+    import torch
+    from safetensors.torch import load_file
+
+    told = load_file(probe / "probe.safetensors")
+    device = next(model.parameters()).device
+    inputs = {"input_ids": told["tokens_BT"].to(device), "attention_mask": told["mask_BT"].to(device)}
+    with torch.no_grad():
+        logits_BTV = model(**inputs).logits.float().cpu()
+        with model.disable_adapter():
+            base_BTV = model(**inputs).logits.float().cpu()
+    real_BT = told["mask_BT"].bool()
+    expected, found, base = told["logits_BTV"][real_BT], logits_BTV[real_BT], base_BTV[real_BT]
+    scale = max(1.0, float(expected.abs().max()))
+    difference = float((found - expected).abs().max()) / scale
+    if not difference <= tolerance:
+        raise _Failed(
+            f"the reloaded adapter's logits differ from the trainer's by {difference:.2e} of the largest, "
+            f"more than {tolerance:.0e}"
+        )
+    moved = float((found - base).abs().max()) / scale
+    if moved == 0:
+        raise _Failed("with and without the adapter the logits are the same: it does nothing")
+    return f"at most {difference:.1e} of the largest from the trainer's, {moved:.1e} from the base's"
+
+
+def template_round_trip(adapter: Path, probe: Path, format: str, max_seq_len: int, too_long: Any) -> str:
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from peft_service.tokenise import Tokenised, tokenise
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+    found = tokenise(probe / "rows.jsonl", format, tokenizer, max_seq_len, too_long)
+    expected = Tokenised.load(probe / "rows.safetensors")
+    for name in ("offsets", "input_ids", "target_mask"):
+        if not np.array_equal(getattr(found, name), getattr(expected, name)):
+            raise _Failed(
+                f"the saved tokenizer and template give other {name} for {expected.rows} training rows"
+            )
+    return f"{expected.rows} training rows give the same {len(expected.input_ids)} tokens and targets"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
