@@ -33,7 +33,8 @@ from peft_service.errors import PeftServiceError
 
 STARTING_SECONDS = 180
 """How long the whole may take; a slow machine needs half a minute."""
-STOPPING_SECONDS = 2
+ENDING_SECONDS = 2
+DYING_SECONDS = 20
 CAPACITY_SECONDS = 10
 MARK = "PEFT_UP"
 """Variable in the environment of everything that `up` starts: it tells our processes from all others."""
@@ -317,11 +318,11 @@ def _end(settings: Settings, state: State) -> None:
         (settings.data_dir / HANDED_OVER).unlink(missing_ok=True)
     elif state.head is not None:
         # All at once: asked politely, the head waits for its raylet, and that for its actors, for very long.
-        for order in (signal.SIGTERM, signal.SIGKILL):
+        for order, seconds in ((signal.SIGTERM, ENDING_SECONDS), (signal.SIGKILL, DYING_SECONDS)):
             for pid in _ours(state):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, order)
-            deadline = time.monotonic() + STOPPING_SECONDS
+            deadline = time.monotonic() + seconds
             while _ours(state) and time.monotonic() < deadline:
                 time.sleep(0.05)
     if state.temp_dir:

@@ -1,4 +1,4 @@
-"""A real Ray head of its own for tests: own ports and temporary directory, a token, ended by its process ids."""
+"""A real Ray head of its own for tests: own ports and temporary directory, a token, ended by process id."""
 
 import contextlib
 import os
