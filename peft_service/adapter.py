@@ -235,9 +235,9 @@ def card(
             "",
             f"# {reference}",
             "",
-            f"A {spec.method.kind} adapter of {spec.base.id}: {proof.trainable_parameters:,} trained values, made "
-            f"by job `{record['job']}` of peft-service. It has the base's licence and limits; what it learned "
-            "is what its training rows show.",
+            f"A {spec.method.kind} adapter of {spec.base.id} with {proof.trainable_parameters:,} values.",
+            f"Made by job `{record['job']}` of peft-service. It has the base's licence and limits; what it",
+            "learned is what its training rows show.",
             "",
             "## Load it",
             "",
