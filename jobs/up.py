@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -331,28 +330,41 @@ def _end(settings: Settings, state: State) -> None:
 
 
 def _ours(state: State) -> list[int]:
-    """Processes that are alive and carry our mark; without /proc, the head alone."""
-    proc = Path("/proc")
-    if not proc.exists():
-        assert state.head is not None
-        return [state.head] if _started(state.head) == state.head_started else []
+    """Processes that are alive and ours; without /proc, the head alone.
+
+    Ours carry our mark, or are in the session of our head: Ray's agents overwrite the memory that /proc shows
+    as their environment, its workers may leave the session.
+    """
+    assert state.head is not None
+    known = _started(state.head)
+    if not Path("/proc/self/stat").exists():
+        return [state.head] if known == state.head_started else []
+    # While a session has a process its number is given to no other, so only a different head is not ours.
+    session = str(state.head) if known in (None, state.head_started) else ""
     wanted = f"{MARK}={state.mark}".encode()
     found = []
-    for entry in proc.iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            fields = _stat(int(entry.name))
+            marked = wanted in (entry / "environ").read_bytes().split(b"\0")
+            if fields[0] != "Z" and (marked or fields[3] == session):
+                found.append(int(entry.name))
     return found
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/<pid>/stat from the third on: state, parent, group, session, ... start at index 19."""
+    # The name, in brackets, may contain anything.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _started(pid: int) -> str | None:
     """When the process started, in the system's own words; None if there is no such process, or a zombie."""
-    stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self/stat").exists():
         try:
-            # The name, in brackets, may contain anything; after it come field 3 (state) ... 22 (start).
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = _stat(pid)
         except OSError:
             return None
         return None if fields[0] == "Z" else fields[19]

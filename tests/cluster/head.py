@@ -45,7 +45,7 @@ def ray_head(cpus: int = 2) -> Iterator[Head]:
         "TEST_HEAD": mark,
     }
     with (directory / "log").open("wb") as log:
-        subprocess.Popen(
+        process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
                 *("--disable-usage-stats", "--include-dashboard=true", "--no-monitor"),
@@ -66,12 +66,13 @@ def ray_head(cpus: int = 2) -> Iterator[Head]:
         yield head
     finally:
         for order in (signal.SIGTERM, signal.SIGKILL):
-            for pid in _marked(mark):
+            for pid in _marked(mark, process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, order)
             deadline = time.monotonic() + 3
-            while _marked(mark) and time.monotonic() < deadline:
+            while _marked(mark, process.pid) and time.monotonic() < deadline:
                 time.sleep(0.05)
+        process.wait()
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -88,12 +89,15 @@ def _wait_for(head: Head) -> None:
         time.sleep(0.2)
 
 
-def _marked(mark: str) -> list[int]:
+def _marked(mark: str, session: int) -> list[int]:
+    """Processes with our mark, or in our head's session: Ray's agents overwrite their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if f"TEST_HEAD={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                marked = f"TEST_HEAD={mark}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                if stat[0] != "Z" and (marked or stat[3] == str(session)):
                     found.append(int(entry.name))
     return found
 
