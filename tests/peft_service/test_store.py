@@ -121,14 +121,14 @@ def test_a_large_file_goes_up_in_parts_and_comes_back_whole(store: Store, tmp_pa
         assert tag.strip('"').endswith("-3"), "it went up in one part: the test tests nothing"
 
 
-@pytest.mark.parametrize("start", [0, 1, 99, 100, 101])
-@pytest.mark.parametrize("size", [None, 0, 1, 100, 1000])
-def test_a_range_is_a_slice(store: Store, start: int, size: int | None) -> None:
+def test_a_range_is_a_slice(store: Store) -> None:
     data = noise(100)
     store.put("k", data)
-    expected = data[start:] if size is None else data[start : start + size]
-    assert b"".join(store.read("k", start, size)) == expected
-    assert b"".join(patient(store, 5).read("k", start, size)) == expected
+    for start in (0, 1, 99, 100, 101):
+        for size in (None, 0, 1, 100, 1000):
+            expected = data[start:] if size is None else data[start : start + size]
+            assert b"".join(store.read("k", start, size)) == expected, (start, size)
+            assert b"".join(patient(store, 5).read("k", start, size)) == expected, (start, size)
 
 
 def test_a_negative_range_is_refused(store: Store) -> None:
@@ -209,11 +209,12 @@ def test_deleting_twice_is_deleting_once(store: Store) -> None:
 def test_if_absent_leaves_what_is_there(store: Store, tmp_path: Path, size: int) -> None:
     (tmp_path / "source").write_bytes(noise(size))
     store.put_file("k", tmp_path / "source", if_absent=True)
-    for write in (
+    writes: list[Callable[[], None]] = [
         lambda: store.put_file("k", tmp_path / "source", if_absent=True),
         lambda: store.put("k", b"other", if_absent=True),
         lambda: patient(store, 5).put("k", b"other", if_absent=True),
-    ):
+    ]
+    for write in writes:
         with pytest.raises(ObjectExists, match="'k'"):
             write()
     assert hashlib.sha256(store.get("k")).digest() == hashlib.sha256(noise(size)).digest()
@@ -221,14 +222,12 @@ def test_if_absent_leaves_what_is_there(store: Store, tmp_path: Path, size: int)
 
 def test_one_of_many_writers_wins(store: Store, request: pytest.FixtureRequest) -> None:
     start = threading.Barrier(8)
-    clients = [pickle.loads(pickle.dumps(store)) for _ in range(8)]
-    for client in clients:
-        client.info("warm up")  # so that they do start together
+    store.info("warm up")  # so that they do start together
 
     def write(n: int) -> bool:
         start.wait()
         try:
-            clients[n].put("lock", str(n).encode(), if_absent=True)
+            store.put("lock", str(n).encode(), if_absent=True)
         except ObjectExists:
             return False
         return True
@@ -247,21 +246,35 @@ def test_one_of_many_writers_wins(store: Store, request: pytest.FixtureRequest) 
 # Listing and copying
 
 
-TREE = ["a", "b/1", "b-1", "b.1", "b/1.x", "b0", "b/c/d", "b/c-d", "b/c.d", "ba/1", "c/d/e/f/g", "ü", "z"]
+TREE = [
+    "a",
+    "b/1.5/x",
+    "b/1",
+    "b-1",
+    "b.1",
+    "b/1.x",
+    "b0",
+    "b/c/d",
+    "b/c-d",
+    "b/c.d",
+    "ba/1",
+    "c/d/e/f/g",
+    "ü",
+    "z",
+]
 
 
-@pytest.mark.parametrize("prefix", ["", "b", "b/", "b/c", "b/c/", "b/1", "c/d/e/f/g", "nothing/", "zz", "ü"])
 def test_a_listing_is_every_key_with_that_prefix_in_order(
-    store: Store, prefix: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(S3Store, "page_size", 2)
-    here = [key for key in TREE if key != "a" or not isinstance(store, FileStore)]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda key: store.put(key, key.encode()), here))
-    expected = sorted(key for key in here if key.startswith(prefix))
-    assert keys(store, prefix) == expected
-    assert keys(patient(store, 5), prefix) == expected
-    assert [info.size for info in store.list(prefix)] == [len(key.encode()) for key in expected]
+    monkeypatch.setattr(S3Store, "page_size", 5)
+    for key in TREE:
+        store.put(key, key.encode())
+    for prefix in ("", "b", "b/", "b/c", "b/c/", "b/1", "c/d/e/f/g", "nothing/", "zz", "ü"):
+        expected = sorted(key for key in TREE if key.startswith(prefix))
+        assert keys(store, prefix) == expected
+        assert keys(patient(store, 5), prefix) == expected
+        assert [info.size for info in store.list(prefix)] == [len(key.encode()) for key in expected]
 
 
 def test_a_store_sees_nothing_outside_its_prefix(store: Store) -> None:
@@ -329,7 +342,7 @@ if sys.argv[1].startswith("file:"):
     os.fsync = die  # every byte is written, nothing is published
 else:
     read, count = os.pread, []
-    os.pread = lambda *a: (count.append(1), len(count) > 3 and die(), read(*a))[-1]  # in the middle of the parts
+    os.pread = lambda *a: (count.append(1), len(count) > 3 and die(), read(*a))[-1]  # some parts are sent
 store.open_store(sys.argv[1]).put_file("k", pathlib.Path(sys.argv[2]))
 """
     done = subprocess.run([sys.executable, "-c", script, store.url, source], timeout=120)
@@ -396,8 +409,8 @@ store.download("big", folder / "back")
 store.copy("big", "copy")
 print(before, up, peak())
 """
-    size = 160 * MiB
-    command = [sys.executable, "-c", script, store.url, tmp_path, str(size)]
+    size = 112 * MiB
+    command = [sys.executable, "-c", script, store.url, str(tmp_path), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     before, up, down = map(int, done.stdout.split())
@@ -445,48 +458,47 @@ def test_a_key_is_good_exactly_if_it_stays_in_the_store_under_its_own_name(
     assert [path.name for path in root.iterdir()] == ["inside"]
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "./a", "a\\b", "a\0", "a/.tmp/b"])
-def test_no_method_takes_a_bad_key(store: Store, tmp_path: Path, key: str) -> None:
+def test_no_method_takes_a_bad_key(store: Store, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    asks: list[Callable[[], Any]] = [
-        lambda: store.put(key, b""),
-        lambda: store.put_file(key, tmp_path / "file"),
-        lambda: store.get(key),
-        lambda: store.read(key),
-        lambda: store.read(key, 0, 0),
-        lambda: store.download(key, tmp_path / "file"),
-        lambda: store.info(key),
-        lambda: store.copy(key, "good"),
-        lambda: store.copy("good", key),
-        lambda: store.delete(key),
-        lambda: store.presign(key, 60),
+    asks: list[Callable[[str], Any]] = [
+        lambda key: store.put(key, b""),
+        lambda key: store.put_file(key, tmp_path / "file"),
+        lambda key: store.get(key),
+        lambda key: store.read(key),
+        lambda key: store.read(key, 0, 0),
+        lambda key: store.download(key, tmp_path / "file"),
+        lambda key: store.info(key),
+        lambda key: store.copy(key, "good"),
+        lambda key: store.copy("good", key),
+        lambda key: store.delete(key),
+        lambda key: store.presign(key, 60),
     ]
-    for ask in asks:
-        with pytest.raises(InvalidRequest, match="object key"):
-            ask()
-
-
-@pytest.mark.parametrize("prefix", ["/", "../", "a//", "a/../", "\0", "./"])
-def test_no_listing_of_a_bad_prefix(store: Store, prefix: str) -> None:
-    for either in (store, patient(store, 1)):
-        with pytest.raises(InvalidRequest, match="can start with"):
-            either.list(prefix)
+    for key in ("", "/a", "a/", "a//b", "../a", "a/../b", "./a", "a\\b", "a\0", "a/.tmp/b"):
+        for ask in asks:
+            with pytest.raises(InvalidRequest, match="object key"):
+                ask(key)
+    for prefix in ("/", "../", "a//", "a/../", "\0", "./"):
+        for either in (store, patient(store, 1)):
+            with pytest.raises(InvalidRequest, match="can start with"):
+                either.list(prefix)
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        "",
-        "/tmp/x",
-        "file://relative/x",
-        "file:/x",
-        "http://x/y",
-        "s3://",
-        "s3:///x",
-        "s3://b",
-        "gs://bucket/x",
-    ]
-    + ["s3://bucket/../x", "s3://bucket//x", "s3://key:hunter2@bucket/x", "https://key:hunter2@host/x"],
+        *(
+            "",
+            "/tmp/x",
+            "file://relative/x",
+            "file:/x",
+            "http://x/y",
+            "s3://",
+            "s3:///x",
+            "s3://b",
+            "gs://bucket/x",
+        ),
+        *("s3://bucket/../x", "s3://bucket//x", "s3://key:hunter2@bucket/x", "https://key:hunter2@host/x"),
+    ],
 )
 def test_a_bad_store_url_is_refused_without_echoing_a_password(url: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -508,11 +520,12 @@ def test_a_file_store_holds_plain_files_that_other_programs_can_read(tmp_path: P
 def test_a_name_cannot_be_an_object_and_a_folder(tmp_path: Path) -> None:
     store = open_store(tmp_path.as_uri())
     store.put("a/b", b"1")
-    for write in (
+    writes: list[Callable[[], None]] = [
         lambda: store.put("a", b""),
         lambda: store.put("a/b/c", b""),
         lambda: store.copy("a/b", "a/b/c/d"),
-    ):
+    ]
+    for write in writes:
         with pytest.raises(StoreError, match="both a folder and an object") as caught:
             write()
         assert caught.value.code == "key_conflict"
@@ -577,7 +590,9 @@ store = open_store(sys.argv[1])
 if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
-for ask in (lambda: store.put("k", b""), lambda: store.get("k"), lambda: list(store.list("")), lambda: store.info("k")):
+puts, gets = lambda: store.put("k", b""), lambda: store.get("k")
+asks = [puts, gets, lambda: store.info("k"), lambda: list(store.list(""))]
+for ask in asks:
     try:
         ask()
     except Exception as error:
@@ -760,66 +775,52 @@ def test_an_upload_cut_by_a_crash_is_invisible_and_patience_completes_it(
 ) -> None:
     plain = open_store(use(server, monkeypatch))
     source = tmp_path / "source"
-    source.write_bytes(noise(41 * MiB))
+    source.write_bytes(noise(33 * MiB))
     real, lock, reads = os.pread, threading.Lock(), 0
+    seen: list[Any] = []
 
-    def pread(*arguments: Any) -> bytes:
+    def pread(descriptor: int, size: int, start: int) -> bytes:
         nonlocal reads
         with lock:
             reads += 1
-            if reads == 5:  # some parts are there, some on their way
+            if reads == 4:  # some parts are there, some on their way
                 server.kill()
-                if crash_is_short:
-                    reviving()
-        return real(*arguments)
+                reviving()
+            elif reads > 4 and start == 0:  # it begins again: the server is back, with what it had
+                seen.append((plain.info("k"), keys(plain)))
+        return real(descriptor, size, start)
 
     monkeypatch.setattr(os, "pread", pread)
-    crash_is_short = False
-    with pytest.raises(StoreUnavailable):
-        plain.put_file("k", source)
-    server.start()
-    assert plain.info("k") is None
-    assert keys(plain) == []
-
-    reads, crash_is_short = 0, True
     patient(plain, 60).put_file("k", source, if_absent=True)
-    assert reads > 5
-    assert plain.get("k") == noise(41 * MiB)
+    assert seen == [(None, [])]
+    assert plain.get("k") == noise(33 * MiB)
 
 
-def test_a_read_goes_on_where_it_was_cut(
+def test_a_read_goes_on_where_it_was_cut_but_never_mixes_two_versions(
     server: S3Server, reviving: Callable[[], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plain = open_store(use(server, monkeypatch))
-    data = noise(40 * MiB)
+    data = noise(24 * MiB)  # does not fit into the buffers of a socket: it will be cut indeed
     (tmp_path / "source").write_bytes(data)
     plain.put_file("k", tmp_path / "source")
+    plain.copy("k", "replaced")
 
-    cut = plain.read("k")
+    impatient = plain.read("k")
+    assert next(impatient) == data[:MiB]
     chunks = patient(plain, 60).read("k", 7)
-    assert next(cut) == data[:MiB]
     got = [next(chunks)]
+    mixed = patient(plain, 60).read("replaced")
+    next(mixed)
+
     server.kill()
     with pytest.raises(StoreUnavailable):
-        list(cut)  # 40 MB do not fit into the buffers of a socket: it was cut indeed
+        list(impatient)
     reviving()
     got += chunks
     assert b"".join(got) == data[7:]
-
-
-def test_a_read_never_mixes_two_versions(
-    server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    plain = open_store(use(server, monkeypatch))
-    (tmp_path / "source").write_bytes(noise(40 * MiB))
-    plain.put_file("k", tmp_path / "source")
-    chunks = patient(plain, 60).read("k")
-    next(chunks)
-    server.kill()
-    server.start()
-    plain.put("k", b"another")
+    plain.put("replaced", b"another")
     with pytest.raises(StoreError, match="was replaced while it was being read"):
-        list(chunks)
+        list(mixed)
 
 
 @dataclass
@@ -926,7 +927,7 @@ def test_a_server_in_trouble_is_unavailable_and_worth_waiting_for(
 def test_a_cut_answer_is_never_taken_for_the_object(
     proxied: tuple[Store, list[Fault], list[str]], tmp_path: Path
 ) -> None:
-    store, faults, seen = proxied
+    store, faults, _ = proxied
     data = noise(5 * MiB)
     store.put("k", data)
     for ask in (
