@@ -127,6 +127,17 @@ def shape_of_directory(directory: Path, uri: str | None = None) -> ModelShape:
     return _shape_of(uri, config, source, names)
 
 
+def digest_of_directory(directory: Path) -> str:
+    """`digest_of` of a base that is on this machine."""
+    return digest_of(_DirectorySource(directory))
+
+
+def license_of(directory: Path) -> str | None:
+    """What the model card of a base on this machine says; an adapter inherits it."""
+    source = _DirectorySource(directory)
+    return _license_of(source, set(source.sizes()))
+
+
 def digest_of(source: _Source) -> str:
     """sha256 over the sorted names, sizes and contents of the weights, the config and the tokenizer files.
 

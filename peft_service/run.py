@@ -1,0 +1,428 @@
+"""One attempt of a job, from its input in the store to a proven adapter and an outcome there.
+
+`prepare` and `conclude` run once, in the driver, on a CPU; `work` runs on every rank in between. They
+share nothing but the store, so they may be on different machines. `run_locally` does all of it in one
+process.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from peft_service import adapter, base_model, checkpoint, gate
+from peft_service.errors import GateFailed, InvalidRequest, PeftServiceError, RunFailed
+from peft_service.metrics import MetricsWriter
+from peft_service.spec import Base, DataFile, FineTuneSpec, Training
+from peft_service.store import Store
+from peft_service.variants import Frozen
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peft_service.tokenise import Tokenised
+    from peft_service.train import Engine, Progress
+
+log = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/peft-service/bases")
+"""Where bases from s3:// and hf:// are kept between runs, on every machine."""
+
+
+class RunInput(Frozen):
+    """`<run>/input.json`: everything an attempt is told."""
+
+    job: str
+    attempt: int
+    project: str
+    spec: FineTuneSpec
+    plan: dict[str, Any] = Field(default_factory=dict)
+    """cluster.plan.Plan as JSON; what is needed of it here comes as arguments."""
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.project}/runs/{self.job}/{self.attempt}"
+
+
+class Outcome(Frozen):
+    """`<run>/outcome.json`: written last. Without it the attempt has died and another may follow."""
+
+    state: Literal["succeeded", "failed", "stopped"]
+    error: dict[str, Any] | None = None
+    """code, message and param, if it failed."""
+    step: int = 0
+    trained_tokens: int = 0
+    metrics: dict[str, float] = Field(default_factory=dict)
+    retryable: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found out; plain values, to be sent to the workers."""
+
+    base_directory: str
+    """On the driver's machine; others fetch the base themselves."""
+    data_key: str
+    validation_key: str | None
+    rows: int
+    steps: int
+    target_tokens: int
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkResult:
+    state: Literal["succeeded", "stopped"]
+    step: int
+    trained_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def prepare(run: RunInput, store: Store, workdir: Path) -> Prepared:
+    """Fetch the base, tokenise the files into the store; what is there from another attempt is used again.
+
+    Raises:
+        InvalidTrainingFile: rows cannot be trained on; they are listed.
+        UnknownBase, RunFailed: the base cannot be used, or is not the one that was registered.
+    """
+    from peft_service import batches
+
+    spec = run.spec
+    metrics = MetricsWriter(store, run.prefix)
+    metrics.phase("tokenising")
+    directory = base_model.fetch(spec.base, CACHE.expanduser())
+    _is_registered(spec.base, directory)
+    shape = base_model.shape_of_directory(directory, spec.base.uri)
+    spec.method.check(shape, spec.base.quantize)
+    tokenizer = base_model.load_tokenizer(directory)
+    key, data = _tokenised(run, spec.data.training, tokenizer, store, workdir, "training_file", shape.vocab)
+    validation_key = None
+    if spec.data.validation is not None:
+        validation_key, _ = _tokenised(
+            run, spec.data.validation, tokenizer, store, workdir, "validation_file", shape.vocab
+        )
+    for kind in ("dropped", "truncated"):
+        told = data.statistics.get(kind, {"count": 0})
+        if told["count"]:
+            metrics.message(
+                f"{told['count']} rows are longer than {spec.training.max_seq_len} tokens and were {kind} "
+                f"(lines {', '.join(map(str, told['lines'][:20]))})",
+                level="warn",
+            )
+    return Prepared(
+        base_directory=str(directory),
+        data_key=key,
+        validation_key=validation_key,
+        rows=data.rows,
+        steps=batches.steps_of(data.rows, spec.training),
+        target_tokens=data.target_tokens,
+        statistics=data.statistics,
+    )
+
+
+def work(
+    run: RunInput,
+    prepared: Prepared,
+    store: Store,
+    workdir: Path,
+    build_engine: "Callable[[nn.Module, Training], Engine]",
+    *,
+    rank: int,
+    world: int,
+    device: "torch.device | str",
+    precision: str,
+    microbatch: int,
+    gradient_checkpointing: bool,
+) -> WorkResult:
+    """Train on this rank, from the newest checkpoint of any attempt, and stage the adapter. Collective.
+
+    Raises:
+        Diverged: the loss is not finite.
+        InvalidTrainingFile: a step has nothing to learn.
+    """
+    from peft_service.tokenise import Tokenised
+    from peft_service.train import Progress, fit
+
+    spec = run.spec
+    metrics = MetricsWriter(store, run.prefix) if rank == 0 else None
+    if metrics:
+        metrics.phase("loading")
+    directory = Path(prepared.base_directory)
+    if not (directory / "config.json").exists():
+        directory = base_model.fetch(spec.base, CACHE.expanduser())
+    model = base_model.load(directory, precision=precision, quantize=spec.base.quantize, device=device)
+    model = spec.method.attach(model, spec.seed)
+    model.to(device)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()  # the checkpointed blocks begin frozen
+    engine = build_engine(model, spec.training)
+    tokenizer = base_model.load_tokenizer(directory)
+    data = _downloaded(store, prepared.data_key, workdir / f"data-{rank}", Tokenised)
+    validation = None
+    if prepared.validation_key:
+        validation = _downloaded(store, prepared.validation_key, workdir / f"validation-{rank}", Tokenised)
+
+    start = _resume(run, store, workdir, engine, rank)
+    if metrics:
+        if start.step:
+            metrics.message(f"Resuming from the checkpoint of step {start.step}.")
+        metrics.phase("training")
+
+    def save(progress: Progress) -> None:
+        state, trainable = engine.state(), engine.trainable()
+        if metrics is None:
+            return
+        staged = workdir / f"checkpoint-{progress.step}"
+        checkpoint.write_adapter(model, trainable, spec.base, staged)
+        told = {
+            "step": progress.step,
+            "trained_tokens": progress.trained_tokens,
+            "metrics": dict(progress.metrics or {}),
+            "seed": spec.seed,
+            "world": world,
+        }
+        key = checkpoint.save(store, run.prefix, state, told, staged, workdir)
+        metrics.write({"type": "checkpoint", "step": progress.step, "key": key, "metrics": told["metrics"]})
+        metrics.flush()
+
+    pad_id = int(
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    )
+    fitted = fit(
+        engine,
+        spec.objective,
+        spec.training,
+        spec.seed,
+        data,
+        validation,
+        microbatch=microbatch,
+        pad_id=pad_id,
+        start=start,
+        log=metrics.write if metrics else _nothing,
+        save=save,
+        stop_requested=lambda: store.info(f"{run.prefix}/stop") is not None,
+    )
+    done = fitted.progress
+    result = WorkResult(
+        state="succeeded" if fitted.finished else "stopped",
+        step=done.step,
+        trained_tokens=done.trained_tokens,
+        metrics=dict(done.metrics or {}),
+    )
+    if fitted.finished:
+        if metrics:
+            metrics.phase("exporting")
+        _stage(run, store, workdir, engine, model, tokenizer, data, pad_id)
+    if metrics:
+        metrics.flush()
+    return result
+
+
+def conclude(run: RunInput, prepared: Prepared, store: Store, workdir: Path, result: WorkResult) -> Outcome:
+    """Prove what was staged in a clean process, and keep the proof beside it.
+
+    Raises:
+        GateFailed: it is not the adapter that was trained; says which check.
+    """
+    from safetensors.torch import load_file
+
+    from peft_service.tokenise import Tokenised
+
+    if result.state == "stopped":
+        return Outcome(state="stopped", **_facts(result))
+    spec = run.spec
+    metrics = MetricsWriter(store, run.prefix)
+    metrics.phase("proving")
+    staged = workdir / "staged"
+    for info in store.list(f"{run.prefix}/adapter/"):
+        name = info.key.removeprefix(f"{run.prefix}/adapter/")
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        store.download(info.key, staged / name)
+    logits = workdir / "logits.safetensors"
+    store.download(f"{run.prefix}/probe.safetensors", logits)
+    training_file = workdir / "training.jsonl"
+    store.download(spec.data.training.key, training_file)
+    data = _downloaded(store, prepared.data_key, workdir / "data-of-the-gate", Tokenised)
+    probe = workdir / "probe"
+    tensors = load_file(logits)
+    gate.write_probe(probe, tensors, training_file, spec.data.training, data)
+    base = Path(prepared.base_directory)
+    trainable = spec.method.trainable(base_model.shape_of_directory(base, spec.base.uri))
+    precision = json.loads(store.get(f"{run.prefix}/staged.json"))["precision"]
+    checks = gate.prove(staged, base, probe, spec, precision=precision, trainable=trainable)
+    proof = adapter.Proof(
+        checks=checks,
+        files=adapter.files_of(staged),
+        software=adapter.software(),
+        trainable_parameters=trainable,
+    )
+    store.put(f"{run.prefix}/adapter.json", proof.model_dump_json(indent=1).encode())
+    bad = [check for check in checks if not check.passed]
+    if bad:
+        raise GateFailed(
+            "the adapter was trained, but is not published: "
+            + "; ".join(f"check {check.name} failed: {check.detail}" for check in bad)
+        )
+    return Outcome(state="succeeded", **_facts(result))
+
+
+def write_outcome(store: Store, run: RunInput, outcome: Outcome) -> None:
+    store.put(f"{run.prefix}/outcome.json", outcome.model_dump_json().encode())
+
+
+def run_locally(run: RunInput, store: Store, workdir: Path) -> Outcome:
+    """The whole attempt in this process, on the CPU, with torch's own optimizer."""
+    from peft_service.train import LocalEngine
+
+    training = run.spec.training
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        prepared = prepare(run, store, workdir)
+        result = work(
+            run,
+            prepared,
+            store,
+            workdir,
+            LocalEngine,
+            rank=0,
+            world=1,
+            device="cpu",
+            precision="fp32" if training.precision == "auto" else training.precision,
+            microbatch=min(8, training.batch_size) if training.microbatch == "auto" else training.microbatch,
+            gradient_checkpointing=training.gradient_checkpointing is True,
+        )
+        outcome = conclude(run, prepared, store, workdir, result)
+    except (RunFailed, InvalidRequest) as error:
+        outcome = failed(error)
+    write_outcome(store, run, outcome)
+    return outcome
+
+
+def failed(error: PeftServiceError) -> Outcome:
+    """The outcome of a run that was itself wrong: trying again would end the same way."""
+    return Outcome(state="failed", error={"code": error.code, "message": error.message, "param": error.param})
+
+
+def _nothing(line: dict[str, Any]) -> None:
+    """Where the metrics of ranks other than 0 go."""
+
+
+def _facts(result: WorkResult) -> dict[str, Any]:
+    return {"step": result.step, "trained_tokens": result.trained_tokens, "metrics": result.metrics}
+
+
+def _is_registered(base: Base, directory: Path) -> None:
+    """Weights that changed under a job would give an adapter for a model that nobody has."""
+    if base.digest is None or base.uri.startswith("hf://"):  # a Hub base is pinned by its commit
+        return
+    found = base_model.digest_of_directory(directory)
+    if found != base.digest:
+        raise RunFailed(
+            f"the base {base.id} at {base.uri} has changed since it was registered (digest {found[:12]}, not "
+            f"{base.digest[:12]}); register it anew and submit the job again",
+            code="base_changed",
+        )
+
+
+def _tokenised(
+    run: RunInput, file: DataFile, tokenizer: Any, store: Store, workdir: Path, param: str, vocab: int
+) -> "tuple[str, Tokenised]":
+    """(key, rows) of a data file as tokens, made once a job."""
+    from peft_service.tokenise import Tokenised, digest_of, tokenise
+
+    training, too_long = run.spec.training, run.spec.data.too_long
+    digest = digest_of(file.sha256, tokenizer, file.format, training.max_seq_len, too_long)
+    key = f"{run.project}/runs/{run.job}/data-{digest}.safetensors"
+    local = workdir / f"{param}.safetensors"
+    if store.info(key) is not None:
+        store.download(key, local)
+        return key, Tokenised.load(local)
+    raw = workdir / f"{param}.jsonl"
+    store.download(file.key, raw)
+    data = tokenise(raw, file.format, tokenizer, training.max_seq_len, too_long, param=param)
+    raw.unlink()
+    if data.statistics["max_token_id"] >= vocab:
+        raise RunFailed(
+            f"the tokenizer gives token {data.statistics['max_token_id']}, but the base has only {vocab} "
+            f"embeddings;"
+            " tokenizer and weights do not belong together",
+            code="tokenizer_mismatch",
+            param="model",
+        )
+    data.save(local)
+    store.put_file(key, local)
+    return key, data
+
+
+def _downloaded(store: Store, key: str, path: Path, kind: "type[Tokenised]") -> "Tokenised":
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.download(key, path)
+    return kind.load(path)
+
+
+def _resume(run: RunInput, store: Store, workdir: Path, engine: "Engine", rank: int) -> "Progress":
+    """Load the newest whole checkpoint into the engine; rank 0 chooses, since the store may change
+    meanwhile."""
+    import torch
+
+    from peft_service.train import Progress
+
+    chosen = torch.zeros(2, dtype=torch.int64, device=engine.device)
+    found = checkpoint.latest(store, run.project, run.job, attempts=run.attempt) if rank == 0 else None
+    if found is not None:
+        chosen += torch.tensor([found.attempt, found.step], device=engine.device)
+    attempt, step = (int(number) for number in engine.all_sum(chosen))
+    if step == 0:
+        return Progress()
+    if found is None:
+        found = checkpoint.open_at(store, run.project, run.job, attempt, step)
+    if found is None:
+        raise RuntimeError(
+            f"checkpoint {step} of attempt {attempt} was there for rank 0 and is not for rank {rank}"
+        )
+    folder = workdir / f"resume-{rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.load_state(checkpoint.load(store, found, folder))
+    return Progress(step, int(found.progress["trained_tokens"]), dict(found.progress["metrics"]))
+
+
+def _stage(
+    run: RunInput,
+    store: Store,
+    workdir: Path,
+    engine: "Engine",
+    model: Any,
+    tokenizer: Any,
+    data: "Tokenised",
+    pad_id: int,
+) -> None:
+    """Put the adapter, and what the live model says about a few rows, under the run. Collective."""
+    import torch
+    from safetensors.torch import save_file
+
+    from peft_service import batches
+
+    rows = list(range(min(gate.PROBE_ROWS, data.rows)))
+    (batch,) = batches.microbatches(data, rows, 0, 1, gate.PROBE_ROWS, pad_id, engine.device)
+    tokens_BT, mask_BT = batch.tokens_BT[:, : gate.PROBE_TOKENS], batch.mask_BT[:, : gate.PROBE_TOKENS]
+    engine.model.eval()
+    with torch.no_grad():  # on every rank: under ZeRO-3 a forward pass is a collective
+        logits_BTV = engine.model(input_ids=tokens_BT, attention_mask=mask_BT).logits
+    trainable = engine.trainable()
+    if engine.rank != 0:
+        return
+    probe = {"tokens_BT": tokens_BT, "mask_BT": mask_BT, "logits_BTV": logits_BTV.float()}
+    save_file({name: t.cpu().contiguous() for name, t in probe.items()}, workdir / "probe.safetensors")
+    store.put_file(f"{run.prefix}/probe.safetensors", workdir / "probe.safetensors")
+    precision = "bf16" if logits_BTV.dtype == torch.bfloat16 else "fp32"
+    store.put(f"{run.prefix}/staged.json", json.dumps({"precision": precision}).encode())
+    directory = workdir / "adapter"
+    adapter.stage(model, trainable, tokenizer, directory)
+    for file in adapter.files_of(directory):
+        store.put_file(f"{run.prefix}/adapter/{file.path}", directory / file.path)

@@ -1,0 +1,346 @@
+"""The loop: one optimizer step, evaluation, and `fit`, which is both of them until the end.
+
+Shape suffixes: B rows, T tokens per row, V vocabulary. Nothing here knows where gradients live (an Engine
+does), where metrics and checkpoints go (the caller does), or what is trained (a method has attached it).
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peft_service import batches
+from peft_service.batches import Batch
+from peft_service.errors import Diverged, InvalidTrainingFile
+from peft_service.objectives import Objective
+from peft_service.objectives.sft import IGNORE
+from peft_service.schedule import learning_rate
+from peft_service.spec import Training
+
+if TYPE_CHECKING:
+    from peft_service.tokenise import Tokenised
+
+STOP_POLL_SECONDS = 1.0
+
+
+class Engine(Protocol):
+    """Where gradients live. One conformance suite runs on every implementation."""
+
+    model: nn.Module
+    rank: int
+    world: int
+    device: torch.device
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`: SUMS over microbatches and over ranks."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip to max_grad_norm, update, clear; the global gradient norm before clipping.
+
+        A norm that is not finite comes back as it is, and no weight has moved.
+        """
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over ranks, on every rank."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Collective. Full-size float32 CPU tensors: "param.<name>", "exp_avg.<name>", "exp_avg_sq.<name>",
+        and the number of updates so far as "step": independent of the number of ranks and of sharding."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Collective. Go on from what `state` of any engine returned."""
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Collective. What the forward pass uses now: full-size CPU tensors by parameter name."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did, over all ranks."""
+
+    loss: float
+    accuracy: float
+    grad_norm: float
+    tokens: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float
+    accuracy: float
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a fit is: enough to go on from, together with the engine's state."""
+
+    step: int = 0
+    trained_tokens: int = 0
+    metrics: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    finished: bool
+    """False: it was asked to stop, and has checkpointed."""
+    progress: Progress
+
+
+class LocalEngine:
+    """One process, torch's AdamW, on whatever device the model is."""
+
+    rank = 0
+    world = 1
+
+    def __init__(self, model: nn.Module, training: Training) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.max_grad_norm = training.max_grad_norm
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(list(self.parameters.values()), training)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> float:
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.int64)}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            state[f"param.{name}"] = full_copy(parameter)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"{key}.{name}"] = full_copy(moments.get(key, torch.zeros_like(parameter)))
+            if moments:
+                state["step"] = torch.tensor(int(moments["step"]))
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(state[f"param.{name}"])
+            if int(state["step"]) > 0:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state["step"])),
+                    "exp_avg": state[f"exp_avg.{name}"].to(parameter, copy=True),
+                    "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter, copy=True),
+                }
+
+    def trainable(self) -> dict[str, Tensor]:
+        return {name: p.detach().cpu().clone().contiguous() for name, p in self.parameters.items()}
+
+
+def adamw(parameters: list[nn.Parameter], training: Training) -> torch.optim.AdamW:
+    """The optimizer of every engine; its learning rate is set at each step."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+    )
+
+
+def full_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def train_step(
+    engine: Engine, objective: Objective, microbatches: Sequence[Batch], learning_rate: float
+) -> Step:
+    """One optimizer step. Every target token weighs the same, wherever it was computed.
+
+    Dividing by the step's own token count (not per microbatch, not per rank) is what makes the result
+    independent of the number of workers.
+
+    Raises:
+        InvalidTrainingFile: no token in the step is to be learned.
+        Diverged: loss or gradient norm is not finite. Raised before the weights change, on every rank.
+    """
+    counts = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for batch in microbatches:
+        counts += torch.stack([(batch.labels_BT[:, 1:] != IGNORE).sum(), batch.mask_BT.sum()])
+    targets, tokens = (int(count) for count in engine.all_sum(counts))
+    if targets == 0:
+        raise InvalidTrainingFile("no token of this step is to be learned")
+
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    losses = []
+    for batch in microbatches:
+        nll, right = objective.loss_sum(engine.model, batch)
+        engine.backward(nll / targets)
+        losses.append(nll.detach())
+        sums += torch.stack([nll.detach().double(), right.double()])
+    nll_sum, right_sum = (float(x) for x in engine.all_sum(sums))
+    loss = nll_sum / targets
+    if not math.isfinite(loss):
+        # Every rank knows of the failure, so a second collective is safe here: it finds the microbatches
+        # at fault.
+        marks = torch.zeros(len(microbatches), engine.world, device=engine.device)
+        marks[:, engine.rank] = (~torch.isfinite(torch.stack(losses))).float()
+        bad = engine.all_sum(marks).nonzero().tolist()
+        raise Diverged(f"the loss is {loss}", details={"microbatches": bad})
+    norm = engine.step(learning_rate)
+    if not math.isfinite(norm):
+        raise Diverged(f"the loss is {loss:.4g} but the gradient norm is {norm}")
+    return Step(loss, right_sum / targets, norm, tokens, targets)
+
+
+def evaluate(
+    engine: Engine, objective: Objective, data: "Tokenised", *, microbatch: int, pad_id: int
+) -> Evaluation:
+    """Mean loss per target token and share of right tokens over all rows of `data`. Collective."""
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    window = engine.world * microbatch * 8  # rows whose tensors exist at one time
+    was_training = engine.model.training
+    engine.model.eval()
+    with torch.no_grad():
+        for start in range(0, data.rows, window):
+            rows = list(range(start, min(start + window, data.rows)))
+            for batch in batches.microbatches(
+                data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device
+            ):
+                nll, right = objective.loss_sum(engine.model, batch)
+                count = (batch.labels_BT[:, 1:] != IGNORE).sum()
+                sums += torch.stack([nll.double(), right.double(), count.double()])
+    engine.model.train(was_training)
+    nll_sum, right_sum, targets = (float(x) for x in engine.all_sum(sums))
+    targets = max(targets, 1.0)
+    return Evaluation(nll_sum / targets, right_sum / targets, int(targets))
+
+
+def fit(
+    engine: Engine,
+    objective: Objective,
+    training: Training,
+    seed: int,
+    data: "Tokenised",
+    validation: "Tokenised | None",
+    *,
+    microbatch: int,
+    pad_id: int,
+    start: Progress,
+    log: Callable[[dict[str, Any]], None],
+    save: Callable[[Progress], None],
+    stop_requested: Callable[[], bool],
+) -> Fitted:
+    """Train from `start` to the last step, or until someone asks to stop. Collective.
+
+    `log` gets metrics lines and `stop_requested` is asked, on rank 0 only; `save` is called on every rank,
+    after every `checkpoint_steps` steps, after the last one, and before returning because of a stop.
+
+    Raises:
+        Diverged: names the step and the source lines of the rows; the last checkpoint is good.
+    """
+    steps = batches.steps_of(data.rows, training)
+    per_epoch = max(1, math.ceil(data.rows / training.batch_size))
+    progress, saved = start, start.step
+    metrics: dict[str, float] = dict(start.metrics or {})
+    asked = 0.0
+    engine.model.train()
+    while progress.step < steps:
+        began = time.monotonic()
+        number = progress.step + 1
+        rows = batches.rows_of_step(progress.step, data.rows, training, seed)
+        rate = learning_rate(progress.step, steps, training)
+        # A seed per step and rank instead of a running generator: dropout after a resume is what it would
+        # have been, with nothing to save.
+        torch.manual_seed((seed * 1_000_003 + progress.step) * 65_537 + engine.rank)
+        parts = batches.microbatches(data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device)
+        try:
+            done = train_step(engine, objective, parts, rate)
+        except (Diverged, InvalidTrainingFile) as error:
+            raise _explained(error, number, rows, data, engine.world, microbatch) from error
+        seconds = time.monotonic() - began
+        metrics["train_loss"] = done.loss
+        metrics["train_mean_token_accuracy"] = done.accuracy
+        progress = Progress(number, progress.trained_tokens + done.tokens, dict(metrics))
+        if engine.rank == 0:
+            log(
+                {
+                    "type": "step",
+                    "step": number,
+                    "total_steps": steps,
+                    "train_loss": done.loss,
+                    "train_mean_token_accuracy": done.accuracy,
+                    "grad_norm": done.grad_norm,
+                    "learning_rate": rate,
+                    "tokens": done.tokens,
+                    "target_tokens": done.target_tokens,
+                    "seconds": seconds,
+                    "tokens_per_second": done.tokens / max(seconds, 1e-9),
+                }
+            )
+        last = number == steps
+        every = training.eval_steps or per_epoch
+        if validation is not None and (last or number % every == 0):
+            found = evaluate(engine, objective, validation, microbatch=microbatch, pad_id=pad_id)
+            evaluation = {
+                "valid_loss": found.loss,
+                "valid_mean_token_accuracy": found.accuracy,
+                "full_valid_loss": found.loss,
+            }
+            metrics.update(evaluation)
+            progress = Progress(number, progress.trained_tokens, dict(metrics))
+            if engine.rank == 0:
+                log({"type": "eval", "step": number, **evaluation})
+        stop = False
+        if engine.rank == 0 and time.monotonic() - asked >= STOP_POLL_SECONDS:
+            asked = time.monotonic()
+            stop = stop_requested()
+        stop = bool(engine.all_sum(torch.tensor([float(stop)], device=engine.device)).item())
+        if (last or stop or number % training.checkpoint_steps == 0) and saved != number:
+            save(progress)
+            saved = number
+        if stop and not last:
+            return Fitted(False, progress)
+    return Fitted(True, progress)
+
+
+def _explained(
+    error: Diverged | InvalidTrainingFile,
+    step: int,
+    rows: Sequence[int],
+    data: "Tokenised",
+    world: int,
+    microbatch: int,
+) -> Diverged | InvalidTrainingFile:
+    """The same error, saying which lines of the training file were in the step."""
+    suspects = list(rows)
+    for_microbatches = error.details.get("microbatches")
+    if for_microbatches:
+        suspects = [
+            row
+            for part, rank in for_microbatches
+            for row in list(rows)[rank::world][part * microbatch : (part + 1) * microbatch]
+        ]
+    lines = sorted({int(data.lines[row]) for row in suspects})
+    shown = ", ".join(map(str, lines[:20])) + (f" and {len(lines) - 20} more" if len(lines) > 20 else "")
+    advice = (
+        "The weights were not updated. Look at those lines, or try a lower learning rate."
+        if isinstance(error, Diverged)
+        else "Are the prompts longer than max_seq_len?"
+    )
+    return type(error)(
+        f"step {step}: {error.message}, in rows from line{'s' if len(lines) > 1 else ''} {shown} of the "
+        f"training "
+        f"file. {advice}",
+        code=error.code,
+        details={"step": step, "lines": lines[:100]},
+    )
