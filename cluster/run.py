@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from peft_service.run import Outcome, Prepared, RunInput, WorkResult, conclude, prepare, write_outcome
+from peft_service.run import Outcome, Prepared, RunInput, WorkResult, conclude, failed, prepare, write_outcome
 
 from cluster.plan import Plan
 from peft_service.errors import InvalidRequest, PeftServiceError, RunFailed, StoreError
@@ -82,13 +82,7 @@ def drive(run: RunInput, store: Store, store_url: str, patience: float) -> Outco
             if own is None:
                 raise
             log.info("the run failed: %s", own.message)
-            return Outcome(
-                state="failed",
-                error={"code": own.code, "message": own.message, "param": own.param},
-                step=0,
-                trained_tokens=0,
-                metrics={},
-            )
+            return failed(own)
 
 
 def train(run: RunInput, prepared: Prepared, store_url: str, patience: float, workdir: Path) -> WorkResult:
@@ -128,7 +122,8 @@ def _connect() -> None:
     import ray.train.torch
 
     started = time.monotonic()
-    ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+    # The cluster of RAY_ADDRESS, which a Ray Job has in its environment; started by hand, one of its own.
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
     log.info("connected to the cluster after %.1f s", time.monotonic() - started)
 
 
