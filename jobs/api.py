@@ -6,6 +6,8 @@ api_jobs.py and api_catalog.py. Handlers are plain functions: FastAPI runs them 
 they like.
 """
 
+import asyncio
+import contextlib
 import logging
 import re
 import secrets
@@ -42,6 +44,7 @@ from peft_service.store import Store
 
 FREE = {"/healthz"}
 """Routes without a key."""
+DRAIN_SECONDS = 30
 AZURE = re.compile(r"^/openai(?:/deployments/[^/]+)?(?:/v1)?(?=/|$)")
 
 _log = logging.getLogger(__name__)
@@ -113,10 +116,14 @@ class Edge:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         started = False
+        request = Request(scope)
+        incoming = _Body(receive, self._most(request), asked="expect" in request.headers)
 
         async def answer(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
+                if message["status"] >= 400:
+                    await incoming.drain()
                 started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
                 if message["status"] == 409:  # the OpenAI client retries a 409 unless it is told not to
@@ -128,9 +135,9 @@ class Edge:
             if "\0" in scope["path"] or "%00" in scope.get("query_string", b"").decode("latin-1"):
                 raise InvalidRequest("the URL contains a NUL character")
             if scope["path"] not in FREE:
-                key = await run_in_threadpool(keys.verify, self.services.engine, _key_in(Request(scope)))
+                key = await run_in_threadpool(keys.verify, self.services.engine, _key_in(request))
                 state["project"] = key.project_id
-            await self.app(scope, self._limited(Request(scope), receive), answer)
+            await self.app(scope, incoming.receive, answer)
         except ClientDisconnect:
             pass
         except Exception as error:
@@ -138,23 +145,39 @@ class Edge:
                 raise  # too late for an envelope: the server closes the connection
             await _answer_to(error, request_id)(scope, receive, answer)
 
-    def _limited(self, request: Request, receive: Receive) -> Receive:
-        """`receive` that refuses a body larger than any route would read."""
-        form = body.media_type(request) == "multipart/form-data"
-        most = body.MAX_JSON_BYTES
-        if form:
-            most += max(self.services.settings.max_upload_bytes, files.PART_BYTES)
-        seen = 0
+    def _most(self, request: Request) -> int:
+        """Bytes that the body of this request may have."""
+        if body.media_type(request) != "multipart/form-data":
+            return body.MAX_JSON_BYTES
+        return max(self.services.settings.max_upload_bytes, files.PART_BYTES) + body.MAX_JSON_BYTES
 
-        async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise TooLarge(f"the body of a request has at most {most} bytes")
-            return message
 
-        return limited
+class _Body:
+    """The body of a request on its way in: refused when it is larger than any route would read."""
+
+    def __init__(self, receive: Receive, most: int, asked: bool) -> None:
+        """`asked`: the client waits for 100 Continue, which the first read sends; unread, nothing comes."""
+        self._receive = receive
+        self._most = most
+        self._seen = 0
+        self._ended = asked
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._ended = message["type"] != "http.request" or not message.get("more_body")
+        self._seen += len(message.get("body", b""))
+        if self._seen > self._most:
+            raise TooLarge(f"the body of a request has at most {self._most} bytes")
+        return message
+
+    async def drain(self) -> None:
+        """Read and forget the rest. A connection that is closed while the client still sends is reset, and
+        then the client never sees the answer that says what was wrong."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while not self._ended:
+                    message = await self._receive()
+                    self._ended = message["type"] != "http.request" or not message.get("more_body")
 
 
 def _key_in(request: Request) -> str:

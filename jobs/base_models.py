@@ -79,7 +79,7 @@ def resolve(
     if "://" in model:
         if uri is not None and uri != model:
             raise InvalidRequest("model and base.uri name different places: give one URI", param="base.uri")
-        wanted = checked_uri(model, revision, allow)
+        wanted = checked_uri(model, revision, allow, "model")
         with reading(source) as conn:
             row = conn.execute(
                 select(base_models).where(base_models.c.uri == wanted).order_by(base_models.c.seq).limit(1)
@@ -92,10 +92,10 @@ def resolve(
         return _inspected(id, wanted)
     there = _find(source, model)
     if there is None and uri is not None:
-        return _inspected(check_id(model), checked_uri(uri, revision, allow))
+        return _inspected(check_id(model), checked_uri(uri, revision, allow, "base.uri"))
     if there is None:
         raise UnknownBase(f"model {model[:100]!r} is not available: {_close(source, model)}", param="model")
-    if uri is not None and checked_uri(uri, revision, allow) != there.uri:
+    if uri is not None and checked_uri(uri, revision, allow, "base.uri") != there.uri:
         raise _taken(there, uri)
     if uri is None and revision is not None and revision not in (there.revision, _revision_in(there.uri)):
         raise InvalidRequest(
@@ -169,7 +169,7 @@ def check_id(id: str) -> str:
     return id
 
 
-def checked_uri(uri: str, revision: str | None, allow: tuple[str, ...]) -> str:
+def checked_uri(uri: str, revision: str | None, allow: tuple[str, ...], param: str = "uri") -> str:
     """`uri` in its one spelling, with the revision inside.
 
     Raises:
@@ -180,12 +180,12 @@ def checked_uri(uri: str, revision: str | None, allow: tuple[str, ...]) -> str:
         raise InvalidRequest(
             f"base URI {uri[:200]!r} must be file:///directory, s3://bucket/prefix or hf://org/name@revision",
             code="model_not_available",
-            param="uri",
+            param=param,
         )
     scheme, rest = uri.split("://", 1)
     if scheme == "file":
         if not rest.startswith("/"):
-            raise InvalidRequest(f"{uri[:200]!r} needs an absolute directory: file:///directory", param="uri")
+            raise InvalidRequest(f"{uri[:200]!r} needs an absolute directory: file:///directory", param=param)
         rest = "/" + os.path.normpath(rest).lstrip("/")  # so that ".." cannot walk out of an allowed prefix
     rest = rest.rstrip("/") or rest
     if revision is not None:
@@ -199,7 +199,7 @@ def checked_uri(uri: str, revision: str | None, allow: tuple[str, ...]) -> str:
         raise NotPermitted(
             f"base URI {uri[:200]!r} is not allowed here; allowed are {', '.join(allow)}",
             code="base_not_allowed",
-            param="uri",
+            param=param,
         )
     return uri
 

@@ -18,7 +18,14 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, fun
 from jobs.db import TERMINAL, Source, in_order, jobs, reading, upload_parts, uploads, writing
 from jobs.db import files as files_table
 from jobs.queue import Page, new_id
-from peft_service.errors import Conflict, InvalidRequest, InvalidTrainingFile, NotFound, TooLarge
+from peft_service.errors import (
+    Conflict,
+    InvalidRequest,
+    InvalidTrainingFile,
+    NotFound,
+    ObjectNotFound,
+    TooLarge,
+)
 from peft_service.spec import DataFile
 from peft_service.store import Store
 from peft_service.validate import Report, validate
@@ -450,10 +457,35 @@ def complete_upload(
         InvalidTrainingFile: see `add`; the upload stays pending.
     """
     row = get_upload(source, project, upload)
+    try:
+        if row.status == "pending":
+            file = _joined_file(source, store, row, part_ids, md5, directory)
+            _forget_parts(source, store, project, upload)
+            return get_upload(source, project, upload), file
+    except (InvalidRequest, ObjectNotFound, Conflict):
+        # Also what is seen when another request has just been faster and taken the parts away.
+        row = get_upload(source, project, upload)
+        if row.status == "pending":
+            raise
     if again and row.status == "completed" and row.file_id is not None:
         return row, get(source, project, row.file_id)
-    _pending(row)
+    raise _not_pending(row)
+
+
+def _joined_file(
+    source: Source, store: Store, row: UploadRow, part_ids: Sequence[str], md5: str | None, directory: Path
+) -> FileRow:
     parts = _ordered(source, row, part_ids)
+
+    def close(conn: Connection, file: str) -> None:
+        done = conn.execute(
+            update(uploads)
+            .where(uploads.c.id == row.id, uploads.c.status == "pending")
+            .values(status="completed", file_id=file)
+        )
+        if not done.rowcount:
+            raise _not_pending(get_upload(conn, row.project_id, row.id))
+
     with _joined(store, parts, directory) as (path, sha256, found_md5):
         if md5 is not None and md5.lower() != found_md5:
             raise InvalidRequest(
@@ -462,20 +494,10 @@ def complete_upload(
                 code="checksum_mismatch",
                 param="md5",
             )
-
-        def close(conn: Connection, file: str) -> None:
-            done = conn.execute(
-                update(uploads)
-                .where(uploads.c.id == upload, uploads.c.status == "pending")
-                .values(status="completed", file_id=file)
-            )
-            if not done.rowcount:  # another request was faster
-                raise _not_pending(get_upload(conn, project, upload))
-
-        file = add(
+        return add(
             source,
             store,
-            project,
+            row.project_id,
             path,
             filename=row.filename,
             purpose=row.purpose,
@@ -484,8 +506,6 @@ def complete_upload(
             expires_after=row.file_expires_after,
             also=close,
         )
-    _forget_parts(source, store, project, upload)
-    return get_upload(source, project, upload), file
 
 
 def cancel_upload(source: Source, store: Store, project: str, upload: str, *, again: bool) -> UploadRow:

@@ -232,11 +232,8 @@ def _refuse_unsupported(body: CreateJob) -> None:
     if method is None:
         return
     if method.type != "supervised":
-        known = (
-            "supervised" if method.type in UNSUPPORTED_METHODS else f"supervised; {method.type!r} is unknown"
-        )
         raise InvalidRequest(
-            f"method.type {method.type!r} is not supported; supported is: {known}",
+            f"method.type {method.type!r} is not supported; supported is: supervised",
             code="method_not_supported",
             param="method.type",
         )

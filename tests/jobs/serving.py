@@ -26,7 +26,10 @@ from peft_service.spec import FineTuneSpec
 from peft_service.store import Store, open_store
 
 CHAT = "".join(
-    json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}) + "\n"
+    json.dumps(
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
+    )
+    + "\n"
     for n in range(40)
 ).encode()
 BASE = "tiny/llama-1"
@@ -35,7 +38,9 @@ BASE = "tiny/llama-1"
 class Service:
     """A running service with two projects, `a` and `b`."""
 
-    def __init__(self, directory: Path, wrap: Callable[[Any], Any] = lambda app: app, **settings: Any) -> None:
+    def __init__(
+        self, directory: Path, wrap: Callable[[Any], Any] = lambda app: app, **settings: Any
+    ) -> None:
         self.directory = directory
         self.settings = Settings(data_dir=directory / "data", **settings)
         migrate(self.settings.database_url)
@@ -43,7 +48,9 @@ class Service:
         self.store: Store = open_store(self.settings.store_url)
         self.keys = {project: keys.create(self.engine, project)[1] for project in ("a", "b")}
         self.logs: dict[str, str] = {}
-        self.app = create_app(self.settings, self.engine, self.store, launcher_logs=lambda name: self.logs.get(name, ""))
+        self.app = create_app(
+            self.settings, self.engine, self.store, launcher_logs=lambda name: self.logs.get(name, "")
+        )
         self.base_uri = write_base(directory / "bases" / "llama")
         self.see_cluster(nodes=1)
         with socket.socket() as taken:
@@ -51,7 +58,9 @@ class Service:
             self.port = taken.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self.server = uvicorn.Server(
-            uvicorn.Config(wrap(self.app), host="127.0.0.1", port=self.port, log_level="warning", lifespan="off")
+            uvicorn.Config(
+                wrap(self.app), host="127.0.0.1", port=self.port, log_level="warning", lifespan="off"
+            )
         )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 

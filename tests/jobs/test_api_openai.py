@@ -48,7 +48,12 @@ def test_a_file_comes_back_as_it_was_sent(client: OpenAI) -> None:
     file = client.files.create(
         file=("t.jsonl", CHAT), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
     )
-    assert (file.object, file.status, file.bytes, file.filename) == ("file", "processed", len(CHAT), "t.jsonl")
+    assert (file.object, file.status, file.bytes, file.filename) == (
+        "file",
+        "processed",
+        len(CHAT),
+        "t.jsonl",
+    )
     assert file.expires_at == file.created_at + 3600
     assert client.files.retrieve(file.id) == file
     assert client.files.wait_for_processing(file.id).id == file.id
@@ -77,7 +82,12 @@ def test_files_are_listed_in_pages_by_order_and_purpose(service: Service) -> Non
 
 def test_every_bad_line_is_reported_and_nothing_is_stored(service: Service, client: OpenAI) -> None:
     before = service.contents()
-    lines = [b'{"messages": 1}', CHAT.splitlines()[0], b"{broken", b'{"messages": [{"role": "usr", "content": "x"}]}']
+    lines = [
+        b'{"messages": 1}',
+        CHAT.splitlines()[0],
+        b"{broken",
+        b'{"messages": [{"role": "usr", "content": "x"}]}',
+    ]
     with pytest.raises(openai.BadRequestError) as refused:
         client.files.create(file=("bad.jsonl", b"\n".join(lines * 60)), purpose="fine-tune")
     error = refused.value
@@ -109,7 +119,9 @@ def test_chunked_upload_in_three_parts(client: OpenAI, tmp_path: Path) -> None:
 
 def test_parts_are_joined_in_the_order_that_complete_names(client: OpenAI) -> None:
     half = len(CHAT) // 2
-    upload = client.uploads.create(bytes=len(CHAT), filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune")
+    upload = client.uploads.create(
+        bytes=len(CHAT), filename="a.jsonl", mime_type="text/jsonl", purpose="fine-tune"
+    )
     assert (upload.status, upload.expires_at - upload.created_at) == ("pending", 3600)
     second = client.uploads.parts.create(upload.id, data=CHAT[half:])
     first = client.uploads.parts.create(upload.id, data=CHAT[:half])
@@ -152,7 +164,10 @@ def test_a_job_from_submit_to_its_adapter(service: Service, client: OpenAI, file
         seed=7,
         metadata={"team": "a b", "run": "1"},
         validation_file=file,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto", "batch_size": 4}}},
+        method={
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"n_epochs": "auto", "batch_size": 4}},
+        },
         extra_body={"adapter": {"r": 8}, "resources": {"workers": 2}},
     )
     assert job.object == "fine_tuning.job"
@@ -168,8 +183,25 @@ def test_a_job_from_submit_to_its_adapter(service: Service, client: OpenAI, file
     assert job._request_id.startswith("req_")
     raw = json.loads(client.fine_tuning.jobs.with_raw_response.retrieve(job.id).text)
     assert {
-        *("id", "created_at", "error", "fine_tuned_model", "finished_at", "hyperparameters", "model", "object"),
-        *("organization_id", "result_files", "status", "trained_tokens", "training_file", "validation_file", "seed"),
+        *(
+            "id",
+            "created_at",
+            "error",
+            "fine_tuned_model",
+            "finished_at",
+            "hyperparameters",
+            "model",
+            "object",
+        ),
+        *(
+            "organization_id",
+            "result_files",
+            "status",
+            "trained_tokens",
+            "training_file",
+            "validation_file",
+            "seed",
+        ),
         *("estimated_finish", "integrations", "metadata", "method"),
     } <= raw.keys()
 
@@ -177,7 +209,9 @@ def test_a_job_from_submit_to_its_adapter(service: Service, client: OpenAI, file
         client.files.delete(file)
     lease = service.run(job.id)
     progress = {"step": 3, "total_steps": 30, "eta_seconds": 60}
-    steps = [queue.Event(f"Step {n}/30: training loss=1", type="metrics", data={"step": n}) for n in range(30)]
+    steps = [
+        queue.Event(f"Step {n}/30: training loss=1", type="metrics", data={"step": n}) for n in range(30)
+    ]
     reached = [(n, f"a/runs/{job.id}/1/checkpoints/step-{n}", {"train_loss": 1 / n}) for n in (5, 10, 15)]
     queue.report(service.engine, lease, part=1, values={"progress": progress}, news=steps, reached=reached)
     running = client.fine_tuning.jobs.retrieve(job.id)
@@ -185,7 +219,10 @@ def test_a_job_from_submit_to_its_adapter(service: Service, client: OpenAI, file
     assert abs(running.estimated_finish - time.time() - 60) < 30
 
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=4))
-    assert [event.message for event in events[:2]] == ["Step 29/30: training loss=1", "Step 28/30: training loss=1"]
+    assert [event.message for event in events[:2]] == [
+        "Step 29/30: training loss=1",
+        "Step 28/30: training loss=1",
+    ]
     assert len({event.id for event in events}) == len(events) >= 33
     assert events[0].type == "metrics"
     assert events[-1].message == f"Created fine-tuning job: {job.id}"
@@ -230,7 +267,9 @@ def test_a_loop_that_knows_only_openai_s_words_ends(service: Service, client: Op
             assert client.fine_tuning.jobs.resume(job.id).status == "queued"
         elif move == "finish":
             with writing(service.engine) as conn:
-                queue.finish(conn, lease, "failed", error={"code": "adapter_invalid", "message": "no", "param": None})
+                queue.finish(
+                    conn, lease, "failed", error={"code": "adapter_invalid", "message": "no", "param": None}
+                )
     assert seen == ["queued", "running", "paused", "queued", "running", "failed"]
     assert (job.error.code, job.error.message, job.error.param) == ("adapter_invalid", "no", None)
 
@@ -357,7 +396,11 @@ def test_async_and_azure_clients(service: Service, client: OpenAI, file: str) ->
     root = service.url.removesuffix("/v1")
     for options in ({}, {"azure_deployment": "any"}):
         azure = AzureOpenAI(
-            azure_endpoint=root, api_key=service.keys["a"], api_version="2025-04-01-preview", max_retries=0, **options
+            azure_endpoint=root,
+            api_key=service.keys["a"],
+            api_version="2025-04-01-preview",
+            max_retries=0,
+            **options,
         )
         made = azure.files.create(file=("t.jsonl", CHAT), purpose="fine-tune")
         # Azure's clients write -1 for auto.
