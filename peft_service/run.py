@@ -187,6 +187,8 @@ def work(
             "seed": spec.seed,
             "world": world,
         }
+        # Before the commit: the next attempt starts after this step and will not say these lines again.
+        metrics.flush()
         key = checkpoint.save(store, run.prefix, state, told, staged, workdir)
         metrics.write({"type": "checkpoint", "step": progress.step, "key": key, "metrics": told["metrics"]})
         metrics.flush()
