@@ -218,8 +218,9 @@ def _fine_tuned(conn: Connection, project: str, model: str) -> AdapterRow:
 
 
 def _model_of(conn: Connection, row: AdapterRow) -> str | None:
-    if row.manifest.get("model"):
-        return str(row.manifest["model"])
+    model = row.manifest.get("record", {}).get("model")
+    if model is not None:
+        return str(model)
     return conn.scalar(select(jobs.c.fine_tuned_model).where(jobs.c.id == row.job_id))
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
+from cluster.dashboard import ClusterUnavailable
 from cluster.plan import Capacity, Plan, make_plan
 from jobs import base_models, files, queue
 from jobs import request as requests
@@ -431,7 +432,8 @@ def job_logs(
     if attempt is not None and attempt > job.attempt:
         raise NotFound(f"job {job_id} has no attempt {attempt}, only {job.attempt} so far", param="attempt")
     if wanted == job.live_attempt and caller.launcher_logs is not None:
-        return PlainTextResponse(caller.launcher_logs(f"ft-{job.id}-{wanted}"))
+        with contextlib.suppress(ClusterUnavailable):
+            return PlainTextResponse(caller.launcher_logs(f"ft-{job.id}-{wanted}"))
     chunks: Iterator[bytes] = iter(())
     if wanted:
         with contextlib.suppress(ObjectNotFound):

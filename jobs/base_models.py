@@ -48,9 +48,19 @@ class BaseRow:
 
 
 def register(
-    source: Source, allow: tuple[str, ...], id: str, uri: str, revision: str | None = None
+    source: Source,
+    allow: tuple[str, ...],
+    id: str,
+    uri: str,
+    revision: str | None = None,
+    *,
+    move: bool = False,
 ) -> BaseRow:
     """Inspect the base at `uri` and keep it under `id`. Again with the same URI: look at it anew.
+
+    Args:
+        move: the id may belong to another URI, which is then replaced. For the operator only: what a base is
+            called is what all projects rely on.
 
     Raises:
         InvalidRequest: an id or URI that cannot be, or UnknownBase.
@@ -60,9 +70,9 @@ def register(
     check_id(id)
     uri = checked_uri(uri, revision, allow)
     there = _find(source, id)
-    if there is not None and there.uri != uri:
+    if there is not None and there.uri != uri and not move:
         raise _taken(there, uri)
-    return keep(source, _inspected(id, uri), again=True)
+    return keep(source, _inspected(id, uri), again=True, move=move)
 
 
 def resolve(
@@ -106,8 +116,8 @@ def resolve(
     return there
 
 
-def keep(source: Source, row: BaseRow, *, again: bool = False) -> BaseRow:
-    """Register what `resolve` found; `again` replaces what is known about the same URI.
+def keep(source: Source, row: BaseRow, *, again: bool = False, move: bool = False) -> BaseRow:
+    """Register what `resolve` found; `again` replaces what is known about the same URI, `move` the URI too.
 
     Raises:
         Conflict: the id was given to another URI meanwhile.
@@ -127,10 +137,10 @@ def keep(source: Source, row: BaseRow, *, again: bool = False) -> BaseRow:
                     )
             except IntegrityError:  # another request has just registered this id
                 there = get(conn, row.id)
-        if there is not None and there.uri != row.uri:
+        if there is not None and there.uri != row.uri and not move:
             raise _taken(there, row.uri)
         if there is not None and again:
-            conn.execute(update(base_models).where(base_models.c.id == row.id).values(**values))
+            conn.execute(update(base_models).where(base_models.c.id == row.id).values(uri=row.uri, **values))
         return get(conn, row.id)
 
 
@@ -210,7 +220,8 @@ def id_of(uri: str) -> str:
     rest = rest.split("@")[0] if scheme == "hf" else rest
     name = rest if scheme == "hf" else rest.rstrip("/").rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._/-]+|\.{2,}", "-", name).strip("._-/")
-    return "/".join(part.strip("._-") or "x" for part in name.split("/"))[:128] or "base"
+    parts = [part.strip("._-") or "x" for part in name.split("/")]
+    return "/".join(parts)[:128].rstrip("._-/")
 
 
 def _below(uri: str, prefix: str) -> bool:

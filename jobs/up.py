@@ -282,7 +282,7 @@ def _prepare_database(settings: Settings) -> None:
     engine = connect(settings.database_url)
     try:
         ensure_first_key(engine, settings.data_dir)
-        register(engine, (), shipped.SHIPPED_ID, shipped.uri())
+        register(engine, (), shipped.SHIPPED_ID, shipped.uri(), move=True)
     finally:
         engine.dispose()
 

@@ -3,6 +3,7 @@
 What a scheduler and a cluster would do to a job is done by calling the queue as they do.
 """
 
+import hashlib
 import json
 import socket
 import threading
@@ -17,6 +18,7 @@ import uvicorn
 from safetensors.numpy import save_file
 from sqlalchemy import Engine, select
 
+from cluster.dashboard import ClusterUnavailable
 from jobs import keys, queue
 from jobs.api import create_app
 from jobs.db import METADATA, capacity, connect, files, in_order, migrate, now, writing
@@ -48,9 +50,8 @@ class Service:
         self.store: Store = open_store(self.settings.store_url)
         self.keys = {project: keys.create(self.engine, project)[1] for project in ("a", "b")}
         self.logs: dict[str, str] = {}
-        self.app = create_app(
-            self.settings, self.engine, self.store, launcher_logs=lambda name: self.logs.get(name, "")
-        )
+        self.cluster_answers = True
+        self.app = create_app(self.settings, self.engine, self.store, launcher_logs=self.log_of)
         self.base_uri = write_base(directory / "bases" / "llama")
         self.see_cluster(nodes=1)
         with socket.socket() as taken:
@@ -76,6 +77,11 @@ class Service:
         self.server.should_exit = True
         self.thread.join(30)
         self.engine.dispose()
+
+    def log_of(self, name: str) -> str:
+        if not self.cluster_answers:
+            raise ClusterUnavailable("no answer")
+        return self.logs.get(name, "")
 
     def see_cluster(self, nodes: int, cpus: float = 4) -> None:
         """What a scheduler writes after it has looked at the training cluster."""
@@ -110,32 +116,23 @@ class Service:
         for name, data in contents.items():
             self.store.put(f"{place}/{name}", data)
         model = f"ft:{catalog.slug_of(spec.base.id)}:{row.project_id}:{spec.name}:{catalog.id8_of(row.id)}"
-        import hashlib
-
-        manifest = {
+        record = {
+            "id": catalog.adapter_id_of(row.id),
+            "project": row.project_id,
+            "name": spec.name,
+            "version": version,
             "model": model,
-            "files": [
-                {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                for name, data in contents.items()
-            ],
+            "job": row.id,
+            "created_at": time.time(),
+            "spec": row.spec,
+            "metrics": {"train_loss": 0.5},
         }
-        self.store.put(f"{place}/manifest.json", json.dumps(manifest).encode())
-        adapter = catalog.Adapter(
-            id=catalog.adapter_id_of(row.id),
-            project_id=row.project_id,
-            name=spec.name,
-            version=version,
-            base_id=spec.base.id,
-            base_digest=spec.base.digest,
-            method=spec.method.kind,
-            job_id=row.id,
-            location=place,
-            digest="0" * 64,
-            manifest=manifest,
-            metrics={"train_loss": 0.5},
-            bytes=7000,
-            created_at=time.time(),
-        )
+        listed = [
+            {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in contents.items()
+        ]
+        self.store.put(f"{place}/manifest.json", json.dumps({"record": record, "files": listed}).encode())
+        adapter = catalog.read(self.store, place)
         csv = b"step,train_loss\n1,0.5\n"
         result = queue.new_id("file-")
         key = f"{row.project_id}/files/{result}"

@@ -52,7 +52,7 @@ def things(service: Service, http: httpx.Client) -> dict[str, str]:
         "file_id": file,
         "job_id": job,
         "upload_id": upload,
-        "model": adapter.manifest["model"],
+        "model": adapter.manifest["record"]["model"],
         "adapter": adapter.id,
         "path": "README.md",
         "id": BASE,
@@ -399,20 +399,22 @@ def test_the_message_names_the_key_and_the_way_out(
     assert words in error["message"]
 
 
-PATHS = """
-    /  /v1  /v1/  /v1/files/  /v2/files  //v1/files  /v1//files  /v1/files/../jobs  /v1/%00
-    /v1/files/%00  /v1/files/a%00b/content  /v1/files/%ff  /v1/files/a/b/c  /v1/fine_tuning/jobs/x/y
-    /v1/models/%2F  /v1/models/..%2f..%2fetc  /v1/models/ft:  /v1/models/ft:x  /v1/base_models/a:b
-    /v1/base_models/%F0%9F%92%A9  /v1/adapters/a@  /v1/adapters/a@x  /v1/adapters/@1
-    /v1/adapters/a@999999999999  /v1/adapters/ft:  /v1/adapters/adapter_  /v1/adapters/a/files  /v1/methods/x
-    /v1/fine_tuning/checkpoints/x/permissions  /v1/fine_tuning/jobs?limit=0  /v1/fine_tuning/jobs?limit=101
-    /v1/fine_tuning/jobs?limit=x  /v1/fine_tuning/jobs?limit=1e9  /v1/fine_tuning/jobs?after=
-    /v1/fine_tuning/jobs?after=%00  /v1/fine_tuning/jobs?after=x%27--  /v1/fine_tuning/jobs?limti=3
-    /v1/fine_tuning/jobs?metadata=x  /v1/fine_tuning/jobs?metadata[a=1  /v1/fine_tuning/jobs?limit=1&limit=2
-    /v1/files?limit=10001  /v1/files?order=up  /v1/files?after=%ff  /v1/files?purpose=a&x=1
-    /v1/adapters?limit=1000  /v1/base_models?after=none  /openai  /openai/v1/x  /openai/deployments
-    /openai/deployments/x/chat/completions  /openai/v1/v1/files
-""".split()
+PATHS = [
+    "/", "/v1", "/v1/", "/v1/files/", "/v2/files", "//v1/files", "/v1//files", "/v1/files/../jobs",
+    "/v1/%00", "/v1/files/%00", "/v1/files/a%00b/content", "/v1/files/%ff", "/v1/files/a/b/c",
+    "/v1/fine_tuning/jobs/x/y", "/v1/models/%2F", "/v1/models/..%2f..%2fetc", "/v1/models/ft:",
+    "/v1/models/ft:x", "/v1/base_models/a:b", "/v1/base_models/%F0%9F%92%A9", "/v1/adapters/a@",
+    "/v1/adapters/a@x", "/v1/adapters/@1", "/v1/adapters/a@999999999999", "/v1/adapters/ft:",
+    "/v1/adapters/adapter_", "/v1/adapters/a/files", "/v1/methods/x",
+    "/v1/fine_tuning/checkpoints/x/permissions", "/v1/fine_tuning/jobs?limit=0",
+    "/v1/fine_tuning/jobs?limit=101", "/v1/fine_tuning/jobs?limit=x", "/v1/fine_tuning/jobs?limit=1e9",
+    "/v1/fine_tuning/jobs?after=", "/v1/fine_tuning/jobs?after=%00", "/v1/fine_tuning/jobs?after=x%27--",
+    "/v1/fine_tuning/jobs?limti=3", "/v1/fine_tuning/jobs?metadata=x", "/v1/fine_tuning/jobs?metadata[a=1",
+    "/v1/fine_tuning/jobs?limit=1&limit=2", "/v1/files?limit=10001", "/v1/files?order=up",
+    "/v1/files?after=%ff", "/v1/files?purpose=a&x=1", "/v1/adapters?limit=1000",
+    "/v1/base_models?after=none", "/openai", "/openai/v1/x", "/openai/deployments",
+    "/openai/deployments/x/chat/completions", "/openai/v1/v1/files",
+]  # fmt: skip
 PATHS += ["/v1/files/" + "x" * 3000, "/v1/fine_tuning/jobs?limit=" + "9" * 5000]
 
 
