@@ -91,6 +91,8 @@ def environment(plan: Plan) -> dict[str, str]:
         # Ray Train looks at its workers only this often; the default of 2 s delays the end of every run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+        # A process less a run; with Ray Train's own retries off, nobody would act on what it sees.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         # Otherwise every printed line appears twice in the log.
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     }

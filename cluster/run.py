@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from peft_service.run import Outcome, Prepared, RunInput, WorkResult, conclude, failed, prepare, write_outcome
-
 from cluster.plan import Plan
 from peft_service.errors import InvalidRequest, PeftServiceError, RunFailed, StoreError
+from peft_service.run import Outcome, Prepared, RunInput, WorkResult, conclude, failed, prepare, write_outcome
 from peft_service.store import Store, open_store, patient
 
 log = logging.getLogger("cluster.run")

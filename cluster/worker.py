@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     run, plan = RunInput.model_validate(config["run"]), Plan.model_validate(config["run"]["plan"])
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(plan.cpus_per_worker)))
+    if not plan.gpus_per_worker:
+        # On a machine that also serves the API, a request should not wait for a matrix product.
+        os.nice(5)
     device = str(ray.train.torch.get_device()) if plan.gpus_per_worker else "cpu"
     prepare_process()
 

@@ -153,6 +153,8 @@ def _start(settings: Settings, say: Callable[[str], None]) -> State:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray would run everything at 15, API and scheduler too; so only the training gives way (worker.py).
+            "RAY_worker_niceness": "0",
             "PYTHONWARNINGS": "ignore::FutureWarning",
         },
         without=("RAY_ADDRESS", "RAY_AUTH_TOKEN"),
