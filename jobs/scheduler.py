@@ -469,7 +469,10 @@ class Scheduler:
         if outcome["state"] == "succeeded":
             try:
                 self._succeed(lease, row, prefix, ended)
+            except ObjectNotFound as missing:
+                self._retry(lease, row, f"Attempt {lease.attempt} left no whole adapter: {missing.message}")
             except RunFailed as failed:
+                self._withdraw(row)
                 self._fail(
                     lease, row, {"code": failed.code, "message": failed.message, "param": failed.param}
                 )

