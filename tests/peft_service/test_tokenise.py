@@ -5,6 +5,7 @@ that transformers' own `apply_chat_template` gives.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ THINKING = (  # as Qwen3: the last answer has a think block, earlier ones lose t
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
+@cache
 def make_tokenizer(
     template: str | None, *, trim: bool = True, bos: bool = False, eos: str | None = "</s>"
 ) -> Any:
@@ -69,7 +71,10 @@ def make_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(
         ["the sum of two and three is five\n\n\n", "what is the answer? yes  no"] * 9, trainer
@@ -278,7 +283,7 @@ def test_without_a_template_a_conversation_is_refused_and_never_given_chatml(tmp
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("prompt", ["two and", "two and\n", "what? ", "", "ü🙂"])
-@pytest.mark.parametrize("completion", [" three", "three\n", "🙂 five", "five</s>"])
+@pytest.mark.parametrize("completion", [" three", "three\n", "🙂 five  ", "five</s>"])
 def test_plain_text_has_the_ids_of_the_whole_text_and_an_eos(tmp_path, bos, prompt, completion):
     tokenizer = make_tokenizer(CHATML, bos=bos)
     path = write(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": completion}])
@@ -397,12 +402,10 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 def test_the_digest_names_everything_that_the_result_depends_on_and_nothing_else():
     given = ("ab" * 32, TOKENIZERS["marked"], "chat", 128, "error")
     digest = digest_of(*given)
+    again = make_tokenizer.__wrapped__(MARKED, eos="<|im_end|>")
+    assert again is not given[1]
     TOKENIZERS["marked"](["a", "b c"], padding=False, truncation=True, max_length=2)
-    assert (
-        digest_of(*given)
-        == digest
-        == digest_of(given[0], make_tokenizer(MARKED, eos="<|im_end|>"), *given[2:])
-    )
+    assert digest_of(*given) == digest == digest_of(given[0], again, *given[2:])
     others = [
         ("cd" * 32, *given[1:]),
         (given[0], TOKENIZERS["chatml"], *given[2:]),
@@ -447,12 +450,12 @@ def gpt2(template: str | None) -> Any:
 
 @needs_shared
 def test_gsm8k_turned_into_conversations_trains_its_answers(tmp_path):
-    pairs = [json.loads(line) for line in (SHARED / "gsm8k" / "train.jsonl").read_text().splitlines()[:500]]
+    pairs = [json.loads(line) for line in (SHARED / "gsm8k" / "train.jsonl").read_text().splitlines()[:150]]
     path = write(tmp_path / "a.jsonl", [chat(pair["question"], pair["answer"]) for pair in pairs])
     for template in (CHATML, MARKED):
         tokenizer = gpt2(template)
         tokenised = tokenise(path, "chat", tokenizer, 1024)
-        assert tokenised.rows == 500
+        assert tokenised.rows == 150
         for index, pair in enumerate(pairs):
             assert targets_of(tokenised, tokenizer, index) == [pair["answer"] + "<|im_end|>"]
 
@@ -479,7 +482,7 @@ def test_self_instructs_tasks_train_their_outputs(tmp_path):
 def test_real_tool_conversations_train_what_the_assistant_says(tmp_path):
     tools = json.loads((SHARED / "tau-bench" / "airline_tools.json").read_text())
     rows = []
-    for line in (SHARED / "tau-bench" / "airline_trajectories.jsonl").read_text().splitlines()[:20]:
+    for line in (SHARED / "tau-bench" / "airline_trajectories.jsonl").read_text().splitlines()[:8]:
         messages = json.loads(line)["messages"]
         while messages[-1]["role"] != "assistant":
             messages.pop()
