@@ -763,14 +763,14 @@ def _follow(client: "Client", job_id: str, as_json: bool) -> "Job":
     from jobs.watch import duration, follow, sparkline
 
     console = _console()
-    job, losses = follow(client.follow(job_id), console)
+    job, history = follow(client.follow(job_id), console)
     if job.status != "succeeded":
         reason = (job.error or {}).get("message") or job.status_reason or "no reason was given"
         _note(f"{job.id} {'was cancelled' if job.status == 'cancelled' else f'failed: {reason}'}")
         return job
     took = f" in {duration(job.finished_at - job.created_at)}" if job.finished_at else ""
     console.print(f"[green]{job.id} succeeded{took}[/]  {job.fine_tuned_model or ''}", highlight=False)
-    series = losses.series()
+    series = history.losses()
     if series:
         console.print(f"loss {series[0]:.3f} {sparkline(series)} {series[-1]:.3f}", highlight=False)
     console.print(f"`peft-service pull {job.id}` downloads the adapter", highlight=False)

@@ -5,6 +5,7 @@ happens after the pull runs in another process that knows transformers and peft 
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs import demo_data, up
-from jobs.client import Client, Job
+from jobs.client import Client
 from jobs.settings import load
 from jobs.watch import duration, follow, plot
 from peft_service import shipped
+from peft_service.errors import RunFailed
 
 COMPARING_SECONDS = 300
+SHOWN_CHARACTERS = 90
 TRAINING = {
     "n_epochs": demo_data.N_EPOCHS,
     "batch_size": demo_data.BATCH_SIZE,
@@ -58,6 +61,8 @@ class Report:
 def run(data_dir: Path, console: Console, *, seed: int = 0) -> Report:
     """Do all of it, and say so on `console`."""
     report = Report()
+    # A polite kill ends the service too, like Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = load(data_dir=data_dir, port=0)
     with _timed(report, "start the service"):
         console.print("[bold]peft-service demo[/]: starting the service")
@@ -93,16 +98,16 @@ def _journey(client: Client, scratch: Path, report: Report, console: Console, se
     with _timed(report, "job, from submit to succeeded"):
         job = client.submit(body)
         console.print(f"[bold]2[/] POST /v1/fine_tuning/jobs -> {job.id}", highlight=False)
-        job, losses = follow(client.follow(job.id, poll=0.3), console)
+        job, history = follow(client.follow(job.id, poll=0.3), console)
     report.job, report.status = job.id, job.status
     if job.status != "succeeded":
         reason = (job.error or {}).get("message") or "no reason was given"
         console.print(f"[red]{job.id} {job.status}: {escape(reason)}[/]", highlight=False)
         return
-    for name, seconds in _phases(job):
-        report.seconds[f"  {name}"] = seconds
+    for phase, seconds in history.seconds.items():
+        report.seconds[f"  {phase}"] = seconds
     console.print("\n[dim]training loss[/]")
-    for line in plot(losses.series()):
+    for line in plot(history.losses()):
         console.print(f"  {line}", highlight=False, style="cyan")
     target = scratch / "adapter"
     with _timed(report, "pull and verify the adapter"):
@@ -110,7 +115,7 @@ def _journey(client: Client, scratch: Path, report: Report, console: Console, se
         client.pull(adapter.id, target)
     report.adapter, report.location = adapter.reference, adapter.url
     console.print(f"\n[bold]3[/] pulled {report.adapter}: every checksum is right", highlight=False)
-    console.print(f"  bucket   {escape(report.location)}", highlight=False)
+    console.print(f"  bucket   {escape(report.location)}", highlight=False, soft_wrap=True)
     console.print(f"  catalog  GET /v1/adapters/{adapter.id}", highlight=False)
     with _timed(report, "plain transformers + peft, before and after"):
         found = _in_another_process(shipped.path(), target, validation)
@@ -120,19 +125,30 @@ def _journey(client: Client, scratch: Path, report: Report, console: Console, se
     console.print("[bold]4[/] plain transformers + peft, in another process: prompts it was never trained on")
     table = Table("prompt", "base", f"with {report.adapter}", show_lines=True)
     for answer in report.answers:
-        style = "green" if answer["after"] == answer["wanted"] else "yellow"
-        table.add_row(answer["prompt"], Text(answer["before"]), Text(answer["after"], style=style))
+        right = answer["after"] == answer["wanted"]
+        style = "green" if right else "yellow" if _tool(answer["after"]) == _tool(answer["wanted"]) else "red"
+        table.add_row(
+            answer["prompt"], Text(_cut(answer["before"])), Text(_cut(answer["after"]), style=style)
+        )
     console.print(table)
-    right = sum(answer["after"] == answer["wanted"] for answer in report.answers)
-    console.print(f"  {right} of {len(report.answers)} answers are right, character by character")
+    for what, count in (
+        ("call the right tool", sum(_tool(a["after"]) == _tool(a["wanted"]) for a in report.answers)),
+        ("are right in every character", sum(a["after"] == a["wanted"] for a in report.answers)),
+    ):
+        console.print(f"  {count} of {len(report.answers)} answers {what}", highlight=False)
 
 
-def _phases(job: Job) -> Iterator[tuple[str, float]]:
-    """Parts of the job's own time that the service tells."""
-    if job.started_at is not None:
-        yield "queued", max(0.0, job.started_at - job.created_at)
-        if job.finished_at is not None:
-            yield "running", max(0.0, job.finished_at - job.started_at)
+def _tool(answer: str) -> str | None:
+    """The tool that an answer calls; None if it is no JSON object."""
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return None
+    return value.get("tool") if isinstance(value, dict) else None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
 
 
 def _summary(report: Report, console: Console) -> None:
@@ -168,7 +184,7 @@ def _in_another_process(base: Path, adapter: Path, validation: Path) -> dict[str
     """`compare` where none of our packages has been imported.
 
     Raises:
-        RuntimeError: it failed; the end of what it said.
+        RunFailed: with the end of what it said.
     """
     question = {
         "base": str(base),
@@ -178,15 +194,18 @@ def _in_another_process(base: Path, adapter: Path, validation: Path) -> dict[str
     }
     # The file itself and not `-m jobs.demo`: a module would import this package and all that it imports.
     script = Path(__file__).with_name("demo_compare.py")
-    done = subprocess.run(
-        # -P: its directory stays off the path, where our queue.py would hide the standard one.
-        [sys.executable, "-P", str(script)],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        timeout=COMPARING_SECONDS,
-    )
+    try:
+        done = subprocess.run(
+            # -P: its directory stays off the path, where our queue.py would hide the standard one.
+            [sys.executable, "-P", str(script)],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            timeout=COMPARING_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"loading the adapter with plain peft took more than {COMPARING_SECONDS} s") from None
     if done.returncode != 0:
-        raise RuntimeError(f"loading the adapter with plain peft failed:\n{done.stderr[-2000:]}")
+        raise RunFailed(f"loading the adapter with plain peft failed:\n{done.stderr[-2000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

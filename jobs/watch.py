@@ -17,26 +17,36 @@ LINE_SECONDS = 10.0
 """Outside of a terminal, steps are written this often."""
 
 
-class Losses:
-    """Loss by step, as the events tell it; an attempt that resumed overwrites the steps it repeats."""
+class History:
+    """What a watch has seen: losses by step, and how long each phase took.
+
+    An attempt that resumed overwrites the steps it repeats.
+    """
 
     def __init__(self) -> None:
         self.by_step: dict[int, float] = {}
-        self.valid: dict[int, float] = {}
+        self.seconds: dict[str, float] = {}
+        """By phase, in the order in which they were seen."""
+        self._looked: tuple[str, float] | None = None
 
-    def add(self, events: Iterable[Event]) -> None:
-        for event in events:
+    def add(self, update: Update, now: float | None = None) -> None:
+        for event in update.events:
             data = event.data or {}
-            for target, names in (
-                (self.by_step, ("train_loss",)),
-                (self.valid, ("full_valid_loss", "valid_loss")),
-            ):
-                value = next((data[name] for name in names if isinstance(data.get(name), (int, float))), None)
-                if value is not None and isinstance(data.get("step"), int):
-                    target[data["step"]] = value
+            if isinstance(data.get("train_loss"), (int, float)) and isinstance(data.get("step"), int):
+                self.by_step[data["step"]] = data["train_loss"]
+        now = time.monotonic() if now is None else now
+        if self._looked is not None:
+            phase, since = self._looked
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - since
+        self._looked = None if update.job.final else (phase_of(update.job), now)
 
-    def series(self) -> list[float]:
+    def losses(self) -> list[float]:
         return [self.by_step[step] for step in sorted(self.by_step)]
+
+
+def phase_of(job: Job) -> str:
+    """One word for what the job does: its phase while it runs, else its status."""
+    return (job.phase or "starting") if job.status == "running" else job.status
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
@@ -76,17 +86,19 @@ def grouped(values: list[float], width: int) -> list[float]:
 
 
 def waiting_for(job: Job) -> str:
-    """Why nothing trains at this moment, in words; empty when something does."""
+    """Why no step is made at this moment, in words; empty when steps are made, or when the job is final."""
+    if job.final:
+        return ""
     if job.status_reason:
         return job.status_reason
     if job.status == "queued":
         position = (job.queue or {}).get("position")
         return f"waiting, number {position} in the queue" if position else "waiting for the scheduler"
-    if job.status == "paused":
-        return "paused"
     if job.status == "validating_files":
         return "checking the files"
-    return "" if job.progress and job.progress.get("step") else f"{job.phase or 'starting'} …"
+    if job.status == "running" and job.phase in (None, "training") and numbers(job).get("step"):
+        return ""
+    return phase_of(job)
 
 
 def numbers(job: Job) -> dict[str, Any]:
@@ -100,13 +112,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def follow(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
+def follow(updates: Iterable[Update], console: Console) -> tuple[Job, History]:
     """Show the job until it is final. Ctrl-C comes out as KeyboardInterrupt; the job goes on."""
     return _bar(updates, console) if console.is_terminal else _lines(updates, console)
 
 
-def _bar(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
-    losses, job = Losses(), None
+def _bar(updates: Iterable[Update], console: Console) -> tuple[Job, History]:
+    history, job = History(), None
     columns = (
         SpinnerColumn(finished_text=" "),
         TextColumn("{task.description}"),
@@ -117,51 +129,53 @@ def _bar(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
         task = progress.add_task("", total=None, loss=None, speed=None, left=None, spark="")
         for update in updates:
             job = update.job
-            losses.add(update.events)
-            for event in update.events:
-                if event.type != "metrics":
-                    progress.console.print(_line(event), highlight=False)
+            history.add(update)
+            _messages(update, progress.console)
             known = numbers(job)
-            step, total = known.get("step"), known.get("total_steps")
-            training = job.status == "running" and step is not None
             reason = update.problem or waiting_for(job)
             progress.update(
                 task,
-                description=f"[bold]{job.phase or job.status}[/]" if training else escape(reason),
-                total=total if training else None,
-                completed=step if training else 0,
+                description=escape(reason) or f"[bold]{phase_of(job)}[/]",
+                total=None if reason else known.get("total_steps"),
+                completed=known.get("step", 0),
                 loss=known.get("train_loss"),
                 speed=known.get("tokens_per_second"),
                 left=known.get("eta_seconds"),
-                spark=sparkline(losses.series(), 20),
+                spark=sparkline(history.losses(), 20),
             )
     assert job is not None
-    return job, losses
+    return job, history
 
 
-def _lines(updates: Iterable[Update], console: Console) -> tuple[Job, Losses]:
-    losses, job, said, spoke = Losses(), None, "", 0.0
+def _lines(updates: Iterable[Update], console: Console) -> tuple[Job, History]:
+    history, job, said, step, spoke = History(), None, "", 0, 0.0
     for update in updates:
         job = update.job
-        losses.add(update.events)
-        for event in update.events:
-            if event.type != "metrics":
-                console.print(_line(event), highlight=False, soft_wrap=True)
+        history.add(update)
+        _messages(update, console)
         known = numbers(job)
-        step, total = known.get("step"), known.get("total_steps")
         reason = update.problem or waiting_for(job)
-        if job.status == "running" and step and not update.problem:
-            if time.monotonic() - spoke >= LINE_SECONDS:
-                spoke = time.monotonic()
-                figures = _figures(
-                    known.get("train_loss"), known.get("tokens_per_second"), known.get("eta_seconds")
-                )
-                console.print(f"step {step}/{total}  {figures}", highlight=False, soft_wrap=True)
-        elif reason and reason != said and not job.final:
+        if reason and reason != said:
             console.print(escape(reason), highlight=False, soft_wrap=True)
         said = reason
+        due = time.monotonic() - spoke >= LINE_SECONDS or known.get("step") == known.get("total_steps")
+        if not reason and known.get("step", 0) != step and due:
+            step, spoke = known["step"], time.monotonic()
+            figures = _figures(
+                known.get("train_loss"), known.get("tokens_per_second"), known.get("eta_seconds")
+            )
+            console.print(
+                f"step {step}/{known.get('total_steps')}  {figures}", highlight=False, soft_wrap=True
+            )
     assert job is not None
-    return job, losses
+    return job, history
+
+
+def _messages(update: Update, console: Console) -> None:
+    """Events in words; the figures of the steps are in the bar."""
+    for event in update.events:
+        if event.type != "metrics":
+            console.print(_line(event), highlight=False, soft_wrap=True)
 
 
 class _Figures(TextColumn):
@@ -172,7 +186,7 @@ class _Figures(TextColumn):
 
     def render(self, task: Task) -> Text:
         if task.total is None:
-            return Text(duration(task.elapsed or 0), style="dim")
+            return Text(duration(task.elapsed or 0))
         fields = task.fields
         figures = _figures(fields["loss"], fields["speed"], fields["left"])
         return Text(f"{int(task.completed)}/{int(task.total)}  {figures}  {fields['spark']}")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from jobs import queue
 from jobs.cli import app
 from jobs.client import Client, Event, Job, Update
-from jobs.watch import Losses, follow, plot, sparkline
+from jobs.watch import History, follow, plot, sparkline
 from tests.jobs.service import BASE, Service, publish, rows, serving
 
 COMMANDS = (
@@ -207,39 +207,47 @@ def test_leaving_a_watch_does_not_cancel(run: Run, client: Client, monkeypatch: 
     client.cancel(job)
 
 
+def job_of(**values: Any) -> Job:
+    plain = {"id": "ftjob-1", "model": "m", "created_at": 0, "training_file": "f", "status": "queued"}
+    return Job(**{**plain, **values})
+
+
+def event(step: int, loss: float) -> Event:
+    data = {"step": step, "train_loss": loss}
+    return Event(id=f"{step} {loss}", created_at=0, level="info", message="Step", type="metrics", data=data)
+
+
 def updates() -> Iterator[Update]:
-    def job(**values: Any) -> Job:
-        return Job(
-            **{"id": "ftjob-1", "model": "m", "created_at": 0, "training_file": "f", "status": "queued"}
-            | values
-        )
-
-    yield Update(job(queue={"position": 3}), [])
-    yield Update(job(status_reason="waits for 2 GPUs; 1 is free"), [])
+    yield Update(job_of(queue={"position": 3}), [])
+    yield Update(job_of(status_reason="waits for 2 GPUs; 1 is free"), [])
+    yield Update(job_of(status="running", phase="tokenising"), [])
     for step in range(1, 4):
-        data = {"step": step, "total_steps": 3, "train_loss": 4.0 - step}
-        event = Event(id=f"e{step}", created_at=0, level="info", message="Step", type="metrics", data=data)
-        progress = {**data, "tokens_per_second": 1234.5, "eta_seconds": 65.0}
-        yield Update(job(status="running", phase="training", progress=progress), [event])
-    yield Update(job(status="running", phase="training", progress=progress), [], "the service is away")
+        progress = {"step": step, "total_steps": 3, "train_loss": 4.0 - step}
+        progress |= {"tokens_per_second": 1234.5, "eta_seconds": 65.0}
+        yield Update(job_of(status="running", phase="training", progress=progress), [event(step, 4.0 - step)])
+    yield Update(job_of(status="running", phase="training", progress=progress), [], "the service is away")
+    for _ in range(3):
+        yield Update(job_of(status="running", phase="proving", progress=progress), [])
     message = Event(id="e9", created_at=0, level="info", message="The job has [successfully] completed")
-    yield Update(job(status="succeeded", progress=progress), [message])
+    yield Update(job_of(status="succeeded", progress=progress), [message])
 
 
-def test_the_plain_view_says_reason_position_figures_and_messages() -> None:
+def test_the_plain_view_says_reason_position_figures_and_messages_once() -> None:
     out = io.StringIO()
-    job, losses = follow(updates(), Console(file=out, width=60))
-    text = out.getvalue()
+    job, history = follow(updates(), Console(file=out, width=60))
     assert job.status == "succeeded"
-    assert losses.series() == [3.0, 2.0, 1.0]
-    for words in (
-        "number 3 in the queue",
+    assert history.losses() == [3.0, 2.0, 1.0]
+    lines = out.getvalue().splitlines()
+    assert lines[:-1] == [
+        "waiting, number 3 in the queue",
         "waits for 2 GPUs; 1 is free",
+        "tokenising",
         "step 1/3  loss 3.000  1,234 tokens/s  1:05 left",
+        "step 3/3  loss 1.000  1,234 tokens/s  1:05 left",
         "the service is away",
-        "The job has [successfully] completed",
-    ):
-        assert words in text, text
+        "proving",
+    ]
+    assert lines[-1].endswith("The job has [successfully] completed")
 
 
 def test_the_terminal_view_shows_the_same_in_a_bar() -> None:
@@ -257,11 +265,26 @@ def test_the_terminal_view_shows_the_same_in_a_bar() -> None:
 
 
 def test_a_resumed_attempt_overwrites_the_steps_it_repeats() -> None:
-    losses = Losses()
-    for event, (step, loss) in enumerate([(1, 3.0), (2, 2.5), (2, 2.0), (3, 1.0)]):
-        data = {"step": step, "train_loss": loss}
-        losses.add([Event(id=str(event), created_at=0, level="info", message="", type="metrics", data=data)])
-    assert losses.series() == [3.0, 2.0, 1.0]
+    history = History()
+    for step, loss in [(1, 3.0), (2, 2.5), (2, 2.0), (3, 1.0)]:
+        history.add(Update(job_of(status="running"), [event(step, loss)]))
+    assert history.losses() == [3.0, 2.0, 1.0]
+
+
+def test_the_time_of_a_phase_is_from_its_first_sight_to_the_next_ones() -> None:
+    history = History()
+    seen = [
+        ("queued", None),
+        ("running", None),
+        ("running", "training"),
+        ("running", "training"),
+        ("paused", None),
+    ]
+    for at, (status, phase) in enumerate(seen):
+        history.add(Update(job_of(status=status, phase=phase), []), now=10.0 * at)
+    history.add(Update(job_of(status="running", phase="training"), []), now=50.0)
+    history.add(Update(job_of(status="cancelled"), []), now=55.0)
+    assert history.seconds == {"queued": 10.0, "starting": 10.0, "training": 25.0, "paused": 10.0}
 
 
 def test_a_curve_is_drawn_from_its_smallest_to_its_largest_value() -> None:
