@@ -64,15 +64,16 @@ def run(data_dir: Path, console: Console, *, seed: int = 0) -> Report:
     # A polite kill ends the service too, like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = load(data_dir=data_dir, port=0)
-    with _timed(report, "start the service"):
-        console.print("[bold]peft-service demo[/]: starting the service")
-        service = up.up(settings, say=lambda text: console.print(f"  {escape(text)}", style="dim"))
-    console.print(f"  {service.url}  (data in {escape(str(settings.data_dir))})", highlight=False)
+    ours = up.running(settings) is None
     try:
+        with _timed(report, "start the service"):
+            console.print("[bold]peft-service demo[/]: starting the service")
+            service = up.up(settings, say=lambda text: console.print(f"  {escape(text)}", style="dim"))
+        console.print(f"  {service.url}  (data in {escape(str(settings.data_dir))})", highlight=False)
         with Client(service.url, service.key) as client, tempfile.TemporaryDirectory() as scratch:
             _journey(client, Path(scratch), report, console, seed)
     finally:
-        if service.started:
+        if ours:
             with _timed(report, "stop the service"):
                 up.down(settings)
     _summary(report, console)
