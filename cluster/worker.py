@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft_service.run import Prepared, RunInput, work
-
 from cluster.plan import Plan
 from peft_service.errors import RunFailed
+from peft_service.run import Prepared, RunInput, work
 from peft_service.store import open_store, patient
 
 

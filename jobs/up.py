@@ -153,7 +153,7 @@ def _start(settings: Settings, say: Callable[[str], None]) -> State:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Ray would run everything at 15, API and scheduler too; so only the training gives way (worker.py).
+            # Ray would run everything at 15, the API too; only the training gives way (see cluster.worker).
             "RAY_worker_niceness": "0",
             "PYTHONWARNINGS": "ignore::FutureWarning",
         },
