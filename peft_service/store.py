@@ -629,10 +629,8 @@ class S3Store:
             }
             session = boto3.session.Session()  # its own: the default session is not safe under threads
             try:
+                # With an endpoint of its own boto3 puts the bucket into the path, unless told otherwise.
                 client = session.client("s3", config=Config(**settings))
-                if not client.meta.endpoint_url.endswith((".amazonaws.com", ".amazonaws.com.cn")):
-                    # Another server seldom has a DNS name per bucket.
-                    client = session.client("s3", config=Config(**settings, s3={"addressing_style": "path"}))
             except ValueError as error:
                 raise StoreDenied(f"cannot use {self.url}: {error}; check AWS_ENDPOINT_URL") from error
             made = self._made = (os.getpid(), client)
