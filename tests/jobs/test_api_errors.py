@@ -304,6 +304,8 @@ def bad_jobs(things: dict[str, str]) -> list[dict[str, Any]]:
             for value in ({"a": 1}, {"a": None}, {"": "x"}, {"a" * 65: "x"}, {"a": "x" * 513}, [])
         ),
         {"metadata": {str(n): "x" for n in range(17)}},
+        *({"metadata": value} for value in ({"a": "x\0"}, {"a\0": "x"})),
+        *({"model": "a\0"}, {"training_file": "a\0"}, {"suffix": "a\0"}),
         *({"hyperparameters": value} for value in (*hyper, [], "auto")),
         *(
             {"training": value}
