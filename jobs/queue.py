@@ -17,7 +17,7 @@ for its events), so a reader who asks for what follows number n never misses one
 """
 
 import secrets
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, TypeVar
 
@@ -53,7 +53,7 @@ from jobs.db import (
     reading,
     writing,
 )
-from peft_service.errors import Conflict, NotFound, PeftServiceError
+from peft_service.errors import Conflict, InvalidRequest, NotFound, PeftServiceError
 from peft_service.spec import FineTuneSpec
 
 RETRY_WINDOW_SECONDS = 600
@@ -202,7 +202,11 @@ def submit(source: Source, new: NewJob) -> JobRow:
 
     Raises:
         Conflict: the idempotency key was used for another body.
+        InvalidRequest: a text that no database can hold.
     """
+    for text in _texts([new.request, dict(new.metadata), new.idempotency_key]):
+        if not _storable(text):
+            raise InvalidRequest(f"{text[:100]!r} has a NUL or half a surrogate pair in it: remove it")
     with writing(source) as conn:
         # Also the lock that makes "is it there?" and "then add it" one thing for two racing retries.
         in_order(conn, new.project_id)
@@ -301,6 +305,8 @@ def page(
         NotFound: `after` is no job of this project.
     """
     with reading(source) as conn:
+        if not all(_storable(text) for text in _texts(dict(metadata or {}))):
+            return Page([], False)
         query = select(jobs).where(jobs.c.project_id == project)
         if metadata is not None and not metadata:
             query = query.where(~exists().where(job_metadata.c.job_id == jobs.c.id))
@@ -861,7 +867,7 @@ def _insert(conn: Connection, table: Table) -> Any:
 
 
 def _one(conn: Connection, *where: ColumnElement[bool], wanted: str = "") -> JobRow:
-    row = conn.execute(select(jobs).where(*where)).one_or_none()
+    row = conn.execute(select(jobs).where(*where)).one_or_none() if _storable(wanted) else None
     if row is None:
         raise NotFound(
             f"no fine-tuning job {wanted!r} in this project", code="fine_tune_not_found", param="fine_tune_id"
@@ -896,7 +902,8 @@ def _page_of(
     _one(conn, jobs.c.id == job, jobs.c.project_id == project, wanted=job)
     query = select(*columns).where(table.c.job_id == job)
     if after is not None:
-        seq = conn.scalar(select(table.c.seq).where(table.c.id == after, table.c.job_id == job))
+        same = select(table.c.seq).where(table.c.id == after, table.c.job_id == job)
+        seq = conn.scalar(same) if _storable(after) else None
         if seq is None:
             raise NotFound(f"`after` is {after!r}, which job {job} does not have", param="after")
         query = query.where(table.c.seq < seq)
@@ -908,7 +915,25 @@ def _limited(conn: Connection, query: Select[Any], limit: int) -> tuple[list[Row
     return rows[:limit], len(rows) > limit
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts([key, inner])
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _storable(text: str) -> bool:
+    """PostgreSQL refuses NUL, and UTF-8 has no lone surrogates; JSON and URLs can bring both."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _cut(text: str, length: int) -> str:
+    text = "".join(letter if _storable(letter) else "\ufffd" for letter in text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import tarfile
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ValidationError
 from sqlalchemy import Engine, select
 
 from cluster import plan as planning
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 ENDED = ("succeeded", "failed", "stopped", "lost")
 PARTS_A_TIME = 100
 """Metrics parts applied in one transaction."""
+UNREADABLE_PLAN = "its plan was made by another version of the service and cannot be read: submit it again"
 CSV_HEADER = (
     "step",
     "train_loss",
@@ -167,7 +170,8 @@ class Scheduler:
             self._dispatch(lease.job, self._look_after, lease)
         for live in lives:
             if live.job.state != "running":
-                self._dispatch(live.job.id, self._end, live)
+                # By a key of its own: an attempt that was to be looked at in two seconds is stopped at once.
+                self._dispatch(f"{live.job.id} end", self._end, live)
         self._end_lingering()
         self.ticked_at = time.monotonic()
 
@@ -227,6 +231,8 @@ class Scheduler:
         try:
             work(subject)
             self._errors.pop(job, None)
+            if isinstance(subject, Live):
+                self._due.pop(job, None)
         except LeaseLost as lost:
             log.info("%s", lost.message)
             if isinstance(subject, Lease):
@@ -242,7 +248,7 @@ class Scheduler:
     def _wait(self, job: str, subject: Lease | Live, reason: str) -> None:
         count = self._errors.get(job, 0)
         self._errors[job] = count + 1
-        self._due[job] = time.monotonic() + min(self._pace.tick * 2**count, 15.0)
+        self._due[job] = time.monotonic() + min(self._pace.tick * 2 ** min(count, 10), 15.0)
         if count == 0:
             log.warning("%s: %s", job, reason)
         if isinstance(subject, Lease):
@@ -264,14 +270,21 @@ class Scheduler:
             return
         nodes = view.capacity.nodes
         rows = {row.id: row for row in head}
-        plans = {row.id: self._plan_of(row, view.capacity) for row in head}
+        reasons: dict[str, str] = {}
+        plans: dict[str, Plan] = {}
+        for row in head:
+            plan = self._plan_of(row, view.capacity)
+            if plan is not None:
+                plans[row.id] = plan
+            elif row.status_reason != UNREADABLE_PLAN:
+                reasons[row.id] = UNREADABLE_PLAN
+        held = [(live.job.id, _plan(live.job)) for live in lives]
         snapshot = QueueSnapshot(
-            waiting=[Waiting(row.id, row.priority, row.seq, plans[row.id].demand) for row in head],
-            holding=[Holding(live.job.id, _plan(live.job).demand) for live in lives],
+            waiting=[Waiting(id, rows[id].priority, rows[id].seq, plan.demand) for id, plan in plans.items()],
+            holding=[Holding(job, plan.demand) for job, plan in held if plan is not None],
             nodes=nodes,
         )
         seen = {(live.job.id, live.attempt) for live in lives}
-        reasons: dict[str, str] = {}
         for decision in self._policy.decide(snapshot, self._fits):
             row = rows[decision.job]
             if isinstance(decision, Explain):
@@ -285,7 +298,8 @@ class Scheduler:
         queue.explain(self._engine, reasons)
 
     def _claim(self, row: JobRow, plan: Plan, seen: set[tuple[str, int]]) -> bool:
-        changed = plan != _plan(row)
+        before = _plan(row)
+        changed = plan != before
         lease = queue.claim(
             self._engine,
             row.id,
@@ -299,19 +313,21 @@ class Scheduler:
         self._leases[row.id] = lease
         self._due.pop(row.id, None)
         seen.add((row.id, lease.attempt))
-        if changed:
+        if changed and before is not None:
             text = (
                 f"Attempt {lease.attempt} runs on {_workers(plan.workers)} instead of "
-                f"{_workers(_plan(row).workers)}: the living nodes cannot hold more. The result is the same."
+                f"{_workers(before.workers)}: the living nodes cannot hold more. The result is the same."
             )
             queue.append_event(
                 self._engine, row.id, Event(text, level="warn", dedupe=f"replanned:{lease.attempt}")
             )
         return True
 
-    def _plan_of(self, row: JobRow, capacity: Capacity) -> Plan:
+    def _plan_of(self, row: JobRow, capacity: Capacity) -> Plan | None:
         """The plan it was submitted with; a smaller one if it ran before and the nodes it ran on are gone."""
         plan = _plan(row)
+        if plan is None:
+            return self._replan(row, capacity) if self._replan is not None else None
         if self._replan is None or row.attempt == 0 or self._fits([plan.demand], capacity.nodes):
             return plan
         if not row.spec.get("resources", {}).get("elastic", True):
@@ -373,7 +389,7 @@ class Scheduler:
             "plan": row.plan,
         }
         self._store.put(f"{prefix}/input.json", json.dumps(run, sort_keys=True).encode())
-        self._launcher.start(name, prefix, _plan(row))
+        self._launcher.start(name, prefix, Plan.model_validate(row.plan))
         try:
             queue.launched(self._engine, lease)
         except LeaseLost:
@@ -387,7 +403,7 @@ class Scheduler:
         except ObjectNotFound:
             return None
         info = self._store.info(f"{prefix}/outcome.json")
-        return _Ended(json.loads(text), info.modified if info else time.time())
+        return _Ended(_parsed(text), info.modified if info else time.time())
 
     def _listen(self, holder: Lease | JobRow, row: JobRow, prefix: str) -> None:
         """Apply the metrics parts that are new, in order. Their keys are known, so nothing is listed."""
@@ -514,7 +530,7 @@ class Scheduler:
             "plan": row.plan,
             "step": ended.outcome["step"],
             "trained_tokens": ended.outcome["trained_tokens"],
-            "metrics": ended.outcome["metrics"],
+            "metrics": {name: value for name, value in ended.outcome["metrics"].items() if value is not None},
         }
         self._publish(self._store, f"{prefix}/adapter", location, record)
         adapter = catalog.read(self._store, location)
@@ -634,31 +650,30 @@ class _Heard:
     def hear(self, text: bytes, part: str) -> None:
         for number, line in enumerate(text.splitlines()):
             try:
-                said = json.loads(line)
-                kind = said["type"]
-            except (ValueError, KeyError, TypeError):
-                log.warning("%s line %d is no metrics line: %.100r", part, number + 1, line)
-                continue
-            if kind == "step":
-                self._step(said)
-            elif kind == "eval":
-                self._eval(said)
-            elif kind == "checkpoint":
-                step = said["step"]
-                self.reached.append((step, said["key"], said.get("metrics") or {}))
-                self.news.append(
-                    Event(
-                        f"Checkpoint created at step {step}", data={"step": step}, dedupe=f"checkpoint:{step}"
-                    )
-                )
-            elif kind == "phase":
-                self.phase = said["phase"]
-            elif kind == "message":
-                level: queue.Level = "warn" if said.get("level") in ("warn", "error") else "info"
-                self.news.append(Event(said["message"], level=level, dedupe=f"{part}:{number}"))
+                self._line(_parsed(line), f"{part}:{number}")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                # It is the run's progress that is lost, not its result.
+                log.warning("%s line %d is no metrics line (%r): %.100r", part, number + 1, error, line)
+
+    def _line(self, said: dict[str, Any], place: str) -> None:
+        kind = said["type"]
+        if kind == "step":
+            self._step(said)
+        elif kind == "eval":
+            self._eval(said)
+        elif kind == "checkpoint":
+            step, key = int(said["step"]), str(said["key"])
+            self.reached.append((step, key, said.get("metrics") or {}))
+            text = f"Checkpoint created at step {step}"
+            self.news.append(Event(text, data={"step": step}, dedupe=f"checkpoint:{step}"))
+        elif kind == "phase":
+            self.phase = str(said["phase"])
+        elif kind == "message":
+            level: queue.Level = "warn" if said.get("level") in ("warn", "error") else "info"
+            self.news.append(Event(str(said["message"]), level=level, dedupe=place))
 
     def _step(self, said: dict[str, Any]) -> None:
-        step, total, loss = said["step"], said["total_steps"], said["train_loss"]
+        step, total, loss = int(said["step"]), int(said["total_steps"]), said["train_loss"]
         data = {
             "step": step,
             "total_steps": total,
@@ -667,7 +682,7 @@ class _Heard:
             "learning_rate": said.get("learning_rate"),
             "grad_norm": said.get("grad_norm"),
         }
-        text = f"Step {step}/{total}: training loss={loss:.2f}"
+        text = f"Step {step}/{total}: training loss={_shown(loss)}"
         self.news.append(Event(text, type="metrics", data=data, dedupe=f"step:{step}"))
         seconds = said.get("seconds") or 0.0
         # Smoothed: one slow step (a checkpoint, an evaluation) should not make the estimate jump.
@@ -684,11 +699,11 @@ class _Heard:
         }
 
     def _eval(self, said: dict[str, Any]) -> None:
-        step = said["step"]
+        step = int(said["step"])
         data = {key: value for key, value in said.items() if key not in ("type", "time")}
         loss = said.get("valid_loss", said.get("full_valid_loss"))
         total = self.progress.get("total_steps")
-        text = f"Step {step}{f'/{total}' if total else ''}: validation loss={loss:.2f}"
+        text = f"Step {step}{f'/{total}' if total else ''}: validation loss={_shown(loss)}"
         self.news.append(Event(text, type="metrics", data=data, dedupe=f"eval:{step}"))
         self.progress = {**self.progress, "valid_loss": loss}
 
@@ -739,6 +754,20 @@ def write_tar(store: Store, location: str, path: Path) -> None:
                     archive.addfile(entry, content)
 
 
+def _parsed(text: bytes) -> Any:
+    """JSON, with None for NaN and infinities: Python writes those, but PostgreSQL refuses them."""
+
+    def finite(number: str) -> float | None:
+        value = float(number)
+        return value if math.isfinite(value) else None
+
+    return json.loads(text, parse_constant=lambda name: None, parse_float=finite)
+
+
+def _shown(loss: float | None) -> str:
+    return "not a number" if loss is None else f"{loss:.2f}"
+
+
 def _publish(store: Store, staged_prefix: str, target_prefix: str, record: dict[str, Any]) -> Any:
     from peft_service import adapter
 
@@ -751,8 +780,12 @@ def _remember_capacity(engine: Engine, capacity: Capacity) -> None:
         queue.upsert(conn, capacity_table, {"id": 1}, values)
 
 
-def _plan(row: JobRow) -> Plan:
-    return Plan.model_validate(row.plan)
+def _plan(row: JobRow) -> Plan | None:
+    """None: written by a version of this code whose plans were others. One row must not stop the queue."""
+    try:
+        return Plan.model_validate(row.plan)
+    except ValidationError:
+        return None
 
 
 def _workers(count: int) -> str:

@@ -330,6 +330,8 @@ def delete(conn: Connection, project: str, adapter: str, at: float) -> Adapter:
 
 
 def _one(conn: Connection, where: ColumnElement[bool], wanted: str = "") -> Adapter:
+    if "\0" in wanted:  # which PostgreSQL does not even compare with
+        raise _missing(wanted)
     row = conn.execute(
         select(adapters).where(where).order_by(adapters.c.version.desc()).limit(1)
     ).one_or_none()

@@ -101,7 +101,8 @@ def _alive(pid: int) -> bool:
 def run(store: Path, prefix: str, options: dict[str, Any]) -> None:
     """What an attempt does. Options: `die_at` a step, or `hang_at` a step until the store has a file "go";
     `outcome` instead of success, with its `error`; `seconds` per step; a checkpoint `every` so many steps;
-    `deaf` to the stop flag; `tamper` with the adapter after its proof, or `forget` the proof.
+    `deaf` to the stop flag; lines of `nonsense` in the metrics; `tamper` with the adapter after its proof,
+    or `forget` the proof.
     """
     job = json.loads((store / prefix / "input.json").read_text())
     runs = (store / prefix).parent
@@ -129,6 +130,9 @@ def run(store: Path, prefix: str, options: dict[str, Any]) -> None:
 
     say(f"hello from {prefix}")
     tell({"type": "phase", "phase": "training", "time": time.time()})
+    if options.get("nonsense"):
+        part += 1
+        write(f"metrics/{part:08d}.jsonl", "\n".join(options["nonsense"]))
     while step < total:
         if not options.get("deaf") and (store / prefix / "stop").exists():
             checkpoint(write, tell, prefix, step)

@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from jobs import queue
 from jobs.db import job_events, jobs, now, reading, writing
 from jobs.queue import Event, Lease, LeaseLost
-from peft_service.errors import Conflict, NotFound
+from peft_service.errors import Conflict, InvalidRequest, NotFound
 from tests.jobs.rows import PROJECT, add_project, new_job
 
 TTL = 60
@@ -134,6 +134,29 @@ def test_an_original_and_its_retries_at_once_are_one_job(engine: Engine, keyed: 
         )
         assert len(set(made)) == 1, made
         assert len(queue.page(engine, PROJECT).items) == body + 1
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+def test_text_that_no_database_can_hold_is_the_requests_fault(engine: Engine, text: str) -> None:
+    for job in (
+        new_job(request={"model": [{"x": text}]}),
+        new_job(request={text: 1}),
+        new_job(metadata={"k": text}),
+        new_job(idempotency_key=text),
+    ):
+        with pytest.raises(InvalidRequest):
+            queue.submit(engine, job)
+    for ask in (queue.get, queue.cancel, queue.events):
+        with pytest.raises(NotFound):
+            ask(engine, PROJECT, text)
+    with pytest.raises(NotFound):
+        queue.page(engine, PROJECT, after=text)
+    assert queue.page(engine, PROJECT, metadata={"k": text}).items == []
+    there = queue.submit(engine, new_job(request={"literally": "a\\u0000b"}))
+    with pytest.raises(NotFound):
+        queue.events(engine, PROJECT, there.id, after=text)
+    queue.append_event(engine, there.id, Event(f"a run says {text}"))
+    assert messages(engine, there.id)[-1] == "a run says a\ufffdb"
 
 
 # ---------------------------------------------------------------------------------------------- pages

@@ -238,6 +238,38 @@ def test_a_failed_outcome_fails_the_job_with_its_own_words(world: World) -> None
     assert not (world.root / PROJECT / "adapters").exists()
 
 
+def test_nonsense_in_the_metrics_costs_the_progress_not_the_job(both: World) -> None:
+    world = both
+    lines = [
+        '{"type": "step", "step": 1, "total_steps": 4, "train_loss": NaN, "grad_norm": 1e999}',
+        '{"type": "eval", "step": 1, "valid_loss": Infinity}',
+        '{"type": "step", "step": "x", "total_steps": 4, "train_loss": 1}',
+        '{"type": "step"}',
+        '{"type": "later version"}',
+        '{"type": "message", "message": "a \\u0000 b", "level": "shouting"}',
+        "[]",
+        "{",
+        "",
+    ]
+    world.launcher.behaviour = {"1": {"nonsense": lines}}
+    row = world.ends(world.scheduler(), queue.submit(world.engine, new_job()).id)
+    assert row.state == "succeeded"
+    told = world.messages(row.id)
+    assert "Step 1/4: training loss=not a number" in told
+    assert "Step 1/4: validation loss=not a number" in told
+    assert "a \ufffd b" in told
+
+
+def test_a_plan_of_another_version_holds_up_only_its_own_job(world: World) -> None:
+    world.launcher.behaviour = {}
+    old = queue.submit(world.engine, new_job(1, plan={"gpus": 1}, priority=90)).id
+    new = queue.submit(world.engine, new_job(2)).id
+    assert world.ends(world.scheduler(), new).state == "succeeded"
+    assert "made by another version" in (world.job(old).status_reason or "")
+    again = world.scheduler(replan=lambda row, there: Plan.model_validate(plan()))
+    assert world.ends(again, old).state == "succeeded"
+
+
 def test_an_adapter_that_is_not_the_one_that_was_proven_fails_the_job(world: World) -> None:
     world.launcher.behaviour = {"1": {"tamper": True}}
     row = world.ends(world.scheduler(), queue.submit(world.engine, new_job()).id)
@@ -477,10 +509,9 @@ def test_a_job_cancelled_before_its_start_leaves_the_queue_free(world: World) ->
     job = queue.submit(world.engine, new_job()).id
     assert queue.claim(world.engine, job, "a scheduler that dies now", 60) is not None
     queue.cancel(world.engine, PROJECT, job)
-    scheduler = world.scheduler()
-    scheduler.tick()
+    world.scheduler(Pace(capacity=0, launch=1000)).tick()
     assert world.job(job).live_attempt == 1, "the request to start it may still be on its way"
-    world.until(scheduler, lambda: world.job(job).live_attempt is None)
+    world.until(world.scheduler(), lambda: world.job(job).live_attempt is None)
     assert world.launcher.started() == []
 
 

@@ -108,6 +108,7 @@ def test_an_adapter_is_found_by_every_name_it_has(engine: Engine, store: Store) 
             "ft:org--tiny:Team:other:00000001",
             "ft:",
             "ft::::",
+            "help\0er",
             "",
         ):
             with pytest.raises(NotFound):
