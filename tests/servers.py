@@ -55,12 +55,17 @@ def wait_until(what: str, ready: Callable[[], bool], seconds: float = 60.0) -> N
 
 
 class Processes:
-    """Process groups started by one server, each with its log file in `folder`."""
+    """Process groups started by one server, each with its log file in `folder`.
+
+    Beside each waits a shell at the end of a pipe: it kills the group if this process ends without doing so.
+    (Linux could signal the group itself, but does when the *thread* ends that started it.)
+    """
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
         self.environment = dict(environment)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._guards: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str | Path, **options: Any) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
@@ -73,6 +78,11 @@ class Processes:
                 start_new_session=True,  # the group is what gets the signals: servers have children
                 **options,
             )
+        group = self.running[name].pid
+        script = f"read line; kill -9 -{group}"
+        self._guards[group] = subprocess.Popen(
+            ["sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True
+        )
 
     def alive(self) -> None:
         """Raises RuntimeError with the end of the log of a process that ended by itself."""
@@ -85,6 +95,9 @@ class Processes:
         """Signal these groups (all if none is named), wait, and make sure that nothing of them is left."""
         chosen = [self.running.pop(name) for name in names or list(self.running) if name in self.running]
         for process in reversed(chosen):
+            guard = self._guards.pop(process.pid)
+            guard.kill()
+            guard.communicate()
             _signal(process, how)
         for process in reversed(chosen):
             with contextlib.suppress(subprocess.TimeoutExpired):
