@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from cluster.plan import Plan
 from peft_service.errors import InvalidRequest, PeftServiceError, RunFailed, StoreError
+from peft_service.metrics import MetricsWriter
 from peft_service.run import Outcome, Prepared, RunInput, WorkResult, conclude, failed, prepare, write_outcome
 from peft_service.store import Store, open_store, patient
 
@@ -73,6 +74,7 @@ def drive(run: RunInput, store: Store, store_url: str, patience: float) -> Outco
             _connect()
             prepared = preparing.result()
             log.info("prepared: %d rows, %d steps", prepared.rows, prepared.steps)
+            MetricsWriter(store, run.prefix).phase("gathering workers")
             result = train(run, prepared, store_url, patience, workdir)
             log.info("workers are done: %s after step %d", result.state, result.step)
             return conclude(run, prepared, store, workdir, result)
