@@ -413,6 +413,8 @@ def resume(source: Source, project: str, job: str) -> JobRow:
 
 
 def _move(source: Source, project: str, job: str, move: Move, values: dict[str, Any]) -> JobRow:
+    if not _storable(job):
+        raise _missing(job)
     with writing(source) as conn:
         moved = conn.execute(
             update(jobs)
@@ -869,10 +871,14 @@ def _insert(conn: Connection, table: Table) -> Any:
 def _one(conn: Connection, *where: ColumnElement[bool], wanted: str = "") -> JobRow:
     row = conn.execute(select(jobs).where(*where)).one_or_none() if _storable(wanted) else None
     if row is None:
-        raise NotFound(
-            f"no fine-tuning job {wanted!r} in this project", code="fine_tune_not_found", param="fine_tune_id"
-        )
+        raise _missing(wanted)
     return _job_rows(conn, [row])[0]
+
+
+def _missing(job: str) -> NotFound:
+    return NotFound(
+        f"no fine-tuning job {job!r} in this project", code="fine_tune_not_found", param="fine_tune_id"
+    )
 
 
 def _job_rows(conn: Connection, rows: Sequence[Row[Any]]) -> list[JobRow]:
