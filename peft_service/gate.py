@@ -76,7 +76,9 @@ def prove(
     """Run the gate on staged files in a process of its own.
 
     Raises:
-        GateFailed: that process died; what it said is in the message. A check that failed is in the result.
+        GateFailed: that process could not do its work; what it said is in the message. A check that failed
+            is in the result.
+        RuntimeError: that process was killed: nothing is known of the adapter, so another attempt may follow.
     """
     arguments = {
         "adapter": str(adapter),
@@ -96,6 +98,8 @@ def prove(
         timeout=SECONDS,
         check=False,
     )
+    if done.returncode < 0:
+        raise RuntimeError(f"the gate's process was ended by signal {-done.returncode}")
     if done.returncode != 0 or not done.stdout.strip():
         raise GateFailed(
             "the adapter could not be loaded by plain peft: " + (done.stderr.strip()[-2000:] or "no message")
