@@ -11,7 +11,7 @@ class Objective(Frozen):
     kind: str
 
     def loss_sum(self, model: Any, batch: Any) -> tuple[Any, Any]:
-        """(sum of the loss over the batch's targets, number of targets predicted right), both 0-dim tensors."""
+        """(sum of the loss over the batch's targets, number of targets predicted right), as 0-dim tensors."""
         raise NotImplementedError
 
 
