@@ -29,7 +29,8 @@ log = logging.getLogger("cluster.run")
 LOG_BYTES = 4 * 1024 * 1024
 """Of the log, the last so many bytes are kept in the store."""
 COLLECTIVE_SECONDS = 600
-"""How long a rank waits in a collective for the others before it gives up."""
+"""How long a rank waits in a collective for the others before it gives up, beside what a store may keep one of
+them waiting."""
 
 T = TypeVar("T")
 
@@ -106,7 +107,9 @@ def train(run: RunInput, prepared: Prepared, store_url: str, patience: float, wo
             "store": store_url,
             "patience": patience,
         },
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
+        torch_config=TorchConfig(
+            backend="nccl" if gpu else "gloo", timeout_s=int(COLLECTIVE_SECONDS + patience)
+        ),
         scaling_config=ScalingConfig(num_workers=plan.workers, use_gpu=gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name="ray",

@@ -52,7 +52,8 @@ class PeftServiceError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The inner object of the OpenAI error envelope; `details` are extra keys beside the four."""
-        return {**self.details, "message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        own = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {**self.details, **own}
 
 
 def _rebuild(

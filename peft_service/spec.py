@@ -84,7 +84,7 @@ class Training(Frozen):
     @classmethod
     def _microbatch_is_positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError("microbatch must be at least 1, or \"auto\"")
+            raise ValueError('microbatch must be at least 1, or "auto"')
         return value
 
 
@@ -102,7 +102,7 @@ class Resources(Frozen):
     @classmethod
     def _workers_are_positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 1 <= value <= 4096:
-            raise ValueError("workers must be between 1 and 4096, or \"auto\"")
+            raise ValueError('workers must be between 1 and 4096, or "auto"')
         return value
 
 

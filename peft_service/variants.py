@@ -41,4 +41,4 @@ def union_of(variants: tuple[type[Frozen], ...]) -> Any:
     """The tagged union of `variants`, for use as a field's type."""
     if len(variants) == 1:
         return variants[0]
-    return Annotated[Union[variants], Field(discriminator="kind")]
+    return Annotated[Union[variants], Field(discriminator="kind")]  # noqa: UP007 - a tuple made at run time

@@ -1,3 +1,5 @@
+"""A real Ray head for the tests of this package."""
+
 from collections.abc import Iterator
 
 import pytest

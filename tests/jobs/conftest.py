@@ -1,3 +1,5 @@
+"""An empty database of each kind, SQLite and PostgreSQL, for the tests of this package."""
+
 from collections.abc import Iterator
 from pathlib import Path
 
