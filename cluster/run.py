@@ -29,8 +29,7 @@ log = logging.getLogger("cluster.run")
 LOG_BYTES = 4 * 1024 * 1024
 """Of the log, the last so many bytes are kept in the store."""
 COLLECTIVE_SECONDS = 600
-"""How long a rank waits in a collective for the others before it gives up, beside what a store may keep one of
-them waiting."""
+"""How long a rank waits in a collective for the others, beside what a store may keep one of them waiting."""
 
 T = TypeVar("T")
 

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(512 * 1024 * 1024, ge=1)
     """Largest file that the API accepts."""
     base_models_allow: Annotated[tuple[str, ...], NoDecode] = ()
-    """Prefixes of base model URIs that users may name, comma separated; empty: every registered base."""
+    """Prefixes of the base model URIs that users may name or register, comma separated; empty: any URI."""
 
     @field_validator("data_dir", "ray_auth_token_path", "train_ray_auth_token_path")
     @classmethod

@@ -129,6 +129,11 @@ def publish(
             raise GateFailed(f"{staged_prefix}/{file.path} is not the file that the gate checked")
         store.copy(f"{staged_prefix}/{file.path}", f"{target_prefix}/{file.path}")
     compatibility = compatibility_of(config)
+    if store.url.startswith("file:") and compatibility["ray_serve_llm"]["ok"]:
+        compatibility["ray_serve_llm"] |= {
+            "ok": False,
+            "reason": "it reads buckets, and this store is a folder",
+        }
     made[CARD] = card(spec, record, proof, compatibility, f"{store.url.rstrip('/')}/{target_prefix}")
     listed = sorted(
         [*copied, *(_file(path, text) for path, text in made.items())], key=lambda file: file.path

@@ -30,9 +30,8 @@ RUNS = 3
 
 
 def main() -> int:
-    say(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    machine = platform.processor() or platform.machine()
+    say(f"{machine}, {os.cpu_count()} cores, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         # The scheduler rests: jobs stay queued, so that the API is measured and not the training beside it.
         with service(Path(folder, "api"), tick_seconds=1e6) as resting:
