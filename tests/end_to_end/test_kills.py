@@ -108,8 +108,8 @@ def two_nodes(
         )
         node = subprocess.Popen(
             [
-                sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
-                f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2", "--num-cpus=1", "--disable-usage-stats",
+                sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
+                f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2", "--num-cpus=1",
                 "--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=100000000",
             ],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
