@@ -104,7 +104,7 @@ class Service:
 @contextlib.contextmanager
 def service(data_dir: Path, **settings: Any) -> Iterator[Service]:
     """Up on entry, down on exit."""
-    chosen = load({}, data_dir=data_dir, port=0, **settings)
+    chosen = load({}, **{"data_dir": data_dir, "port": 0, **settings})
     running = up(chosen)
     client = Client(running.url, running.key)
     try:
