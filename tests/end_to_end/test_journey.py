@@ -123,6 +123,7 @@ def test_pause_and_resume_change_nothing(live: Service, training_file: str, tmp_
         np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
 
+@pytest.mark.long  # cluster and scheduler suites show the same without a service
 def test_two_workers_at_zero_3_train_the_same_adapter(
     live: Service, training_file: str, tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_two_workers_at_zero_3_train_the_same_adapter(
         np.testing.assert_allclose(sharded[name], alone[name], atol=1e-4, err_msg=name)
 
 
+@pytest.mark.long  # cluster and scheduler suites show the same without a service
 def test_cancel_while_running_leaves_no_adapter(live: Service, training_file: str) -> None:
     job_id = live.submit(training_file, steps=200, suffix="cancelled").id
     live.wait_for_step(job_id, 2)
