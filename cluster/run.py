@@ -6,10 +6,12 @@ newest checkpoint. So there is one retry mechanism, and Ray Train's own is switc
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cluster.plan import Plan
+from peft_service import gate
 from peft_service.errors import InvalidRequest, PeftServiceError, RunFailed, StoreError
 from peft_service.metrics import MetricsWriter
 from peft_service.run import Outcome, Prepared, RunInput, WorkResult, conclude, failed, prepare, write_outcome
@@ -75,9 +78,10 @@ def drive(run: RunInput, store: Store, store_url: str, patience: float) -> Outco
             prepared = preparing.result()
             log.info("prepared: %d rows, %d steps", prepared.rows, prepared.steps)
             MetricsWriter(store, run.prefix).phase("gathering workers")
-            result = train(run, prepared, store_url, patience, workdir)
-            log.info("workers are done: %s after step %d", result.state, result.step)
-            return conclude(run, prepared, store, workdir, result)
+            with _ended(gate.ahead()) as gate_process:
+                result = train(run, prepared, store_url, patience, workdir)
+                log.info("workers are done: %s after step %d", result.state, result.step)
+                return conclude(run, prepared, store, workdir, result, gate_process)
         except Exception as error:
             own = next(_own_errors(error), None)
             if own is None:
@@ -141,6 +145,16 @@ def _own_errors(error: BaseException) -> Iterator[PeftServiceError]:
     for cause in inner:
         if isinstance(cause, BaseException) and cause is not error:
             yield from _own_errors(cause)
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the block; when this one is killed, its stdin closes and it ends."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 class _Background(Generic[T]):

@@ -8,11 +8,11 @@ of the live model), `rows.jsonl` (rows of the training file) and `rows.safetenso
 to).
 """
 
-import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +70,32 @@ def write_probe(
     ).save(directory / "rows.safetensors")
 
 
+def ahead() -> "subprocess.Popen[str]":
+    """Start the gate's process before there is something to check.
+
+    It loads its libraries, some ten seconds of a core, while others train, and waits for `prove`. Whoever
+    starts it ends it.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "peft_service.gate"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def prove(
-    adapter: Path, base: Path, probe: Path, spec: FineTuneSpec, *, precision: str, trainable: int
+    adapter: Path,
+    base: Path,
+    probe: Path,
+    spec: FineTuneSpec,
+    *,
+    precision: str,
+    trainable: int,
+    process: "subprocess.Popen[str] | None" = None,
 ) -> tuple[Check, ...]:
-    """Run the gate on staged files in a process of its own.
+    """Run the gate on staged files in a process of its own; `process` is one that `ahead` started.
 
     Raises:
         GateFailed: that process could not do its work; what it said is in the message. A check that failed
@@ -91,29 +113,37 @@ def prove(
         "too_long": spec.data.too_long,
         "trainable": trainable,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "peft_service.gate", json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    if done.returncode < 0:
-        raise RuntimeError(f"the gate's process was ended by signal {-done.returncode}")
-    if done.returncode != 0 or not done.stdout.strip():
+    if process is None or process.poll() is not None:
+        process = ahead()
+    try:
+        said, complained = process.communicate(json.dumps(arguments) + "\n", timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise RuntimeError(f"the gate has not ended within {SECONDS} s") from None
+    if process.returncode < 0:
+        raise RuntimeError(f"the gate's process was ended by signal {-process.returncode}")
+    if process.returncode != 0 or not said.strip():
         raise GateFailed(
-            "the adapter could not be loaded by plain peft: " + (done.stderr.strip()[-2000:] or "no message")
+            "the adapter could not be loaded by plain peft: " + (complained.strip()[-2000:] or "no message")
         )
-    return tuple(Check.model_validate(check) for check in json.loads(done.stdout.strip().splitlines()[-1]))
+    return tuple(Check.model_validate(check) for check in json.loads(said.strip().splitlines()[-1]))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the checks as one line of JSON; exit code 0 even where one has failed."""
-    parser = argparse.ArgumentParser(prog="python -m peft_service.gate", description=__doc__)
-    parser.add_argument("arguments", help="JSON, as `prove` makes it")
-    options = json.loads(parser.parse_args(arguments).arguments)
-    checks = [check.model_dump() for check in checks_of(**options)]
-    sys.stdout.write(json.dumps(checks) + "\n")
+def main() -> int:
+    """Check what one line of JSON on stdin asks for (`prove` writes it), and print the checks as another.
+
+    Exit code 0 even where a check has failed; the end of stdin without a line is the end of the process.
+    """
+    # A step of the trainer is worth more than being ready early.
+    os.nice(5)
+    import peft  # noqa: F401
+    import transformers
+
+    assert transformers.AutoModelForCausalLM, "transformers loads its parts when they are named"
+    line = sys.stdin.readline()
+    if line.strip():
+        checks = [check.model_dump() for check in checks_of(**json.loads(line))]
+        sys.stdout.write(json.dumps(checks) + "\n")
     return 0
 
 

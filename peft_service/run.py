@@ -22,6 +22,8 @@ from peft_service.store import Store
 from peft_service.variants import Frozen
 
 if TYPE_CHECKING:
+    import subprocess
+
     import torch
     from torch import nn
 
@@ -226,8 +228,15 @@ def work(
     return result
 
 
-def conclude(run: RunInput, prepared: Prepared, store: Store, workdir: Path, result: WorkResult) -> Outcome:
-    """Prove what was staged in a clean process, and keep the proof beside it.
+def conclude(
+    run: RunInput,
+    prepared: Prepared,
+    store: Store,
+    workdir: Path,
+    result: WorkResult,
+    gate_process: "subprocess.Popen[str] | None" = None,
+) -> Outcome:
+    """Prove what was staged in a clean process (`gate.ahead`'s, if given), and keep the proof beside it.
 
     Raises:
         GateFailed: it is not the adapter that was trained; says which check.
@@ -257,7 +266,9 @@ def conclude(run: RunInput, prepared: Prepared, store: Store, workdir: Path, res
     base = Path(prepared.base_directory)
     trainable = spec.method.trainable(base_model.shape_of_directory(base, spec.base.uri))
     precision = json.loads(store.get(f"{run.prefix}/staged.json"))["precision"]
-    checks = gate.prove(staged, base, probe, spec, precision=precision, trainable=trainable)
+    checks = gate.prove(
+        staged, base, probe, spec, precision=precision, trainable=trainable, process=gate_process
+    )
     proof = adapter.Proof(
         checks=checks,
         files=adapter.files_of(staged),
