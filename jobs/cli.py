@@ -254,10 +254,17 @@ def models(
     methods: Annotated[
         bool, typer.Option("--methods", help="The fine-tuning methods and their fields.")
     ] = False,
+    register: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="ID URI", help="Register a base of your own: file://, s3:// or hf://."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Models that a job may start from, and those that jobs have made."""
+    bases = bases or register is not None
     with _client() as client:
+        if register is not None:
+            client.register_base(*register)
         if methods:
             found: list[Any] = list(client.methods())
         elif bases:

@@ -381,6 +381,10 @@ class Client:
     def base_models(self) -> Iterator[BaseInfo]:
         return self._pages(BaseInfo, "base_models", {})
 
+    def register_base(self, base_id: str, uri: str) -> BaseInfo:
+        """Make the safetensors at `uri` a base that jobs may name; the service looks at them first."""
+        return BaseInfo.model_validate(self._json("POST", "base_models", {"id": base_id, "uri": uri}))
+
     def methods(self) -> Iterator[MethodInfo]:
         return self._pages(MethodInfo, "methods", {})
 

@@ -144,6 +144,9 @@ def test_files_up_and_down(run: Run, tmp_path: Path) -> None:
 def test_models_and_methods(run: Run) -> None:
     assert BASE in run("models").stdout
     assert BASE in run("models", "--bases").stdout
+    uri = next(base["uri"] for base in json.loads(run("models", "--bases", "--json").stdout))
+    assert "team/own" in run("models", "--register", "team/own", uri).stdout
+    assert "no/such" in run("models", "--register", "no/such", "file:///no/such", code=2).stderr
     assert "lora" in [method["kind"] for method in json.loads(run("models", "--methods", "--json").stdout)]
 
 
