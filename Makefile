@@ -15,6 +15,8 @@ $(VENV)/service: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the service into $(VENV) (a few minutes the first time)"
 	@$(PIP) -e .
+	@# In parallel, which pip cannot; some packages ship files for other Pythons, and those fail.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $@
 
 $(VENV)/developer: $(VENV)/service

@@ -5,6 +5,7 @@ happens after the pull runs in another process that knows transformers and peft 
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ COMPARING_SECONDS = 300
 SHOWN_CHARACTERS = 90
 TRAINING = {
     "n_epochs": demo_data.N_EPOCHS,
+    "max_steps": 80,
     "batch_size": demo_data.BATCH_SIZE,
     "learning_rate": demo_data.LEARNING_RATE,
     "max_seq_len": 256,
@@ -95,6 +97,8 @@ def _journey(client: Client, scratch: Path, report: Report, console: Console, se
         "seed": seed,
         "adapter": ADAPTER,
         "training": TRAINING,
+        # Two threads halve a step of so small a model; a machine with one core has one.
+        "resources": {"workers": 1, "cpus_per_worker": min(2, os.cpu_count() or 1)},
     }
     with _timed(report, "job, from submit to succeeded"):
         job = client.submit(body)

@@ -135,7 +135,7 @@ def main() -> int:
     Exit code 0 even where a check has failed; the end of stdin without a line is the end of the process.
     """
     # A step of the trainer is worth more than being ready early.
-    os.nice(5)
+    os.nice(15)
     import peft  # noqa: F401
     import transformers
 

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 WIDTH = 110
-KEPT = re.compile(r"\x1b\[[0-9;]*m|[^\x1b]")
-"""Colours and characters; a cursor that moves has no place in a picture."""
+MOVES = re.compile(r"\x1b\[[0-9;?]*[A-Za-ln-z]")
+"""A cursor that moves has no place in a picture; colours (…m) have."""
 
 
 def run(command: list[str]) -> tuple[int, str]:
@@ -44,8 +44,9 @@ def screen(text: str) -> str:
         if ups:
             del lines[len(lines) - ups :]
         last = [part for part in line.split("\r") if part.strip()]
-        lines.append("".join(KEPT.findall(last[-1])) if last else "")
-    return "\n".join(lines).strip()
+        lines.append(MOVES.sub("", last[-1]) if last else "")
+    # Where the checkout lies on this machine is nobody's business.
+    return "\n".join(lines).strip().replace(os.getcwd(), ".")
 
 
 def main() -> int:
