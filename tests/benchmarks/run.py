@@ -26,7 +26,7 @@ from tests.end_to_end.service import Service, rows_file, service
 
 SUBMITS = 300
 JOBS = 10_000
-RUNS = 2
+RUNS = 1
 
 
 def main() -> int:
@@ -79,8 +79,7 @@ def copy_of(engine: Any, job_id: str, count: int) -> None:
     """`count` more jobs like this one, through the queue's own function."""
     from jobs.queue import get
 
-    with engine.connect() as connection:
-        job = get(connection, job_id)
+    job = get(engine, "default", job_id)
     new = NewJob(
         project_id=job.project_id,
         spec=FineTuneSpec.model_validate(job.spec),
