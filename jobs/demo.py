@@ -33,7 +33,7 @@ COMPARING_SECONDS = 300
 SHOWN_CHARACTERS = 90
 TRAINING = {
     "n_epochs": demo_data.N_EPOCHS,
-    "max_steps": 80,
+    "max_steps": demo_data.MAX_STEPS,
     "batch_size": demo_data.BATCH_SIZE,
     "learning_rate": demo_data.LEARNING_RATE,
     "max_seq_len": 256,

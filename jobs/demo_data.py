@@ -16,6 +16,7 @@ Row = dict[str, Any]
 LEARNING_RATE = 5e-3
 BATCH_SIZE = 16
 N_EPOCHS = 3
+MAX_STEPS = 80
 """What the demo trains with (LoRA of rank 16 on all linear layers)."""
 
 ASKS: dict[str, list[str]] = {

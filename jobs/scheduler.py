@@ -129,8 +129,6 @@ class Scheduler:
         self._publish = publish or _publish
         self._leases: dict[str, Lease] = {}
         self._renewed = 0.0
-        self.ticked_at = time.monotonic()
-        """When the last pass ended, by the monotonic clock: whoever runs this can see that it is alive."""
         self._nodes: _View | None = None
         self._due: dict[str, float] = {}
         self._errors: dict[str, int] = {}

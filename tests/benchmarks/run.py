@@ -26,7 +26,7 @@ from tests.end_to_end.service import Service, rows_file, service
 
 SUBMITS = 300
 JOBS = 10_000
-RUNS = 1
+RUNS = 3
 
 
 def main() -> int:
