@@ -5,12 +5,12 @@ Run with an environment of its own, because `adapters` pins another `transformer
     python3 -m venv HUB && HUB/bin/pip install adapters==1.3.0 transformers==4.57.6 torch loralib safetensors
     HUB/bin/python tools/golden.py [NAME ...]        writes tests/golden/NAME.safetensors (all without a name)
 
+Computed in float64 from float32 weights and stored as float32: a difference seen later is not this side's.
 Imports nothing of peft_service: what these files say must not depend on what they judge.
 """
 
 import json
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +20,6 @@ import torch
 import transformers
 from adapters import (
     AdapterConfig,
-    ConfigUnion,
     DoubleSeqBnConfig,
     IA3Config,
     LoRAConfig,
@@ -91,7 +90,6 @@ METHODS: dict[str, tuple[AdapterConfig, tuple[str, ...]]] = {
     "fusion": (SeqBnConfig(reduction_factor=8), ("bert", "llama")),
     "mtl-lora": (MTLLoRAConfig(r=4, alpha=8, n_up_projection=2), ("bert", "llama")),
 }
-RECIPES: dict[str, Callable[[str], None]] = {}
 
 
 def plain_base(kind: str) -> torch.nn.Module:
@@ -102,7 +100,7 @@ def plain_base(kind: str) -> torch.nn.Module:
     config = model_class.config_class(**options, attn_implementation="eager")
     model = model_class(config, **extra).eval()
     fill(model, base_weights({name: list(p.shape) for name, p in model.named_parameters()}))
-    return model
+    return model.double()
 
 
 def inputs_of(method: str, kind: str) -> dict[str, torch.Tensor]:
@@ -140,7 +138,7 @@ def record(method: str, kind: str) -> None:
     """One file of AdapterHub's."""
     config, _ = METHODS[method]
     model = plain_base(kind)
-    base = {name: parameter for name, parameter in model.named_parameters()}
+    base = dict(model.named_parameters())
     shapes = {name: list(parameter.shape) for name, parameter in base.items()}
     inputs = inputs_of(method, kind)
     with torch.no_grad():
@@ -162,7 +160,7 @@ def record(method: str, kind: str) -> None:
     else:
         model.add_adapter("a", config=config)
         model.set_active_adapters("a")
-    model.eval()
+    model.double().eval()
 
     known = {id(parameter) for parameter in base.values()}
     tuned = {name: p for name, p in model.named_parameters() if id(p) not in known}
@@ -184,10 +182,9 @@ def record(method: str, kind: str) -> None:
             before + layer.position_embeddings.weight[:PREFIX] + layer.token_type_embeddings.weight[0]
         )
         with torch.no_grad():
-            next(iter(tuned.values())).copy_(after)
+            next(iter(tuned.values())).copy_(after.float())
 
-    call = {**inputs, "task_ids": inputs["task_ids"]} if "task_ids" in inputs else inputs
-    made = model(**call, return_dict=True)
+    made = model(**inputs, return_dict=True)
     output = made.logits if "logits" in made else made.last_hidden_state
     (output**2).sum().backward()
     if method == "prompt":
@@ -199,7 +196,7 @@ def record(method: str, kind: str) -> None:
 def record_loralib() -> None:
     """loralib's LoRA on a linear layer by itself."""
     options = {"in_features": 32, "out_features": 48}
-    layer = loralib.Linear(**options, r=4, lora_alpha=8, merge_weights=False)
+    layer = loralib.Linear(**options, r=4, lora_alpha=8, merge_weights=False).double()
     base = {"weight": layer.weight, "bias": layer.bias}
     shapes = {name: list(parameter.shape) for name, parameter in base.items()}
     tuned = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
@@ -208,7 +205,7 @@ def record_loralib() -> None:
             base[name].copy_(weight)
         for index, (name, parameter) in enumerate(tuned.items()):
             parameter.copy_(value_of(name, list(parameter.shape), index))
-    inputs = {"input": chirp([5, 32], 50).float()}
+    inputs = {"input": chirp([5, 32], 50).float().double()}  # exact in the float32 it is stored as
     base_output = torch.nn.functional.linear(inputs["input"], layer.weight, layer.bias).detach()
     output = layer(inputs["input"])
     (output**2).sum().backward()
@@ -218,32 +215,34 @@ def record_loralib() -> None:
 
 def write(name, base, shapes, config, inputs, base_output, output, tuned, extra) -> None:
     """The file; ValueError when the adapter does too little, or the file is too large."""
-    if "task_ids" not in inputs and "input" not in inputs:
-        unused = [key for key, p in tuned.items() if p.grad is None or not p.grad.abs().max()]
-    else:
-        unused = [key for key, p in tuned.items() if p.grad is None]
+    unused = [key for key, parameter in tuned.items() if parameter.grad is None or not parameter.grad.any()]
     if unused:
         raise ValueError(f"{name}: no gradient for {unused}")
+    # A prefix is one module that every layer refers to; the first layer's name for it would mislead.
+    tuned = {"pool." + key.partition(".pool.")[2] if ".pool." in key else key: p for key, p in tuned.items()}
     tensors = {"base_output": base_output, "output": output.detach()}
     tensors |= {f"adapter.{key}": parameter.detach() for key, parameter in tuned.items()}
     tensors |= {f"gradient.{key}": parameter.grad for key, parameter in tuned.items()}
     tensors |= {f"input.{key}": value for key, value in inputs.items()}
     tensors |= {f"extra.{key}": value for key, value in extra.items()}
     packages = ("adapters", "transformers", "torch", "loralib", "safetensors")
-    metadata = {
+    described = {
         "base_class": base[0],
-        "base_config": json.dumps(base[1]),
-        "base_shapes": json.dumps(shapes),
-        "config": json.dumps(config),
-        "versions": json.dumps({package: version(package) for package in packages}),
+        "base_config": base[1],
+        "base_shapes": shapes,
+        "config": config,
+        "versions": {package: version(package) for package in packages},
     }
+    metadata = {"golden": json.dumps(described)}  # one entry: safetensors writes several in any order
     path = DIRECTORY / f"{name}.safetensors"
-    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path, metadata)
+    # float64 to float32; token ids stay what they are
+    single = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    save_file({key: value.contiguous().clone() for key, value in single.items()}, path, metadata)
     size = path.stat().st_size
     if size > LIMIT:
         raise ValueError(f"{name}: {size} bytes")
-    moved = (output.shape == base_output.shape) and float((output - base_output).detach().abs().max())
-    sys.stdout.write(f"{name:18} {size:7} bytes  {len(tuned):3} tensors  moved {moved:.3g}\n")
+    path.chmod(0o644)
+    sys.stdout.write(f"{name:16} {size:6} bytes, {len(tuned):2} tensors\n")
 
 
 def main(wanted: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Results of other people's code, to the last digit: `load(name)` gives one; README.md says what each holds.
+"""Results of other people's code, recorded: `load(name)` gives one; README.md says what each holds.
 
 The base models' weights are a formula (`base_weights`), so that a file holds only what cannot be computed:
 the adapter's weights, the inputs, and what the other library made of them.
@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 DIRECTORY = Path(__file__).parent
-# Plain addresses in a file: "<group>.<name>".
+# A tensor's name in a file is "<group>.<name>"; "output" and "base_output" have no group.
 GROUPS = ("adapter", "input", "gradient", "extra")
 
 
@@ -68,7 +68,7 @@ def names() -> list[str]:
 def load(name: str) -> Golden:
     """The file `<name>.safetensors` of this directory."""
     with safe_open(DIRECTORY / f"{name}.safetensors", framework="pt") as file:
-        meta = file.metadata()
+        meta = json.loads(file.metadata()["golden"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     groups: dict[str, dict[str, torch.Tensor]] = {group: {} for group in GROUPS}
     for key, tensor in tensors.items():
@@ -78,16 +78,16 @@ def load(name: str) -> Golden:
     return Golden(
         name=name,
         base_class=meta["base_class"],
-        base_config=json.loads(meta["base_config"]),
-        base_state=base_weights(json.loads(meta["base_shapes"])),
+        base_config=meta["base_config"],
+        base_state=base_weights(meta["base_shapes"]),
         adapter=groups["adapter"],
         inputs=groups["input"],
         base_output=tensors["base_output"],
         output=tensors["output"],
         gradients=groups["gradient"],
         extra=groups["extra"],
-        config=json.loads(meta["config"]),
-        versions=json.loads(meta["versions"]),
+        config=meta["config"],
+        versions=meta["versions"],
     )
 
 
