@@ -1,0 +1,1 @@
+"""Tests of the tuners that PEFT does not have."""

@@ -1,0 +1,30 @@
+"""One or more configurations of every tuner, and the architectures each is for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft_service.tuners.bottleneck import BottleneckConfig
+from tests.peft_service.tuners.bases import KINDS
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: type
+    options: dict[str, Any]
+    kinds: tuple[str, ...] = KINDS
+    merges: tuple[str, ...] = ()
+    """Kinds of base that it can be merged into."""
+
+    def make(self, **more: Any) -> Any:
+        return self.config(**self.options | more)
+
+
+CASES = (
+    *(
+        Case(f"bottleneck-{placement}", BottleneckConfig, {"placement": placement, "bottleneck_size": 4})
+        for placement in ("houlsby", "pfeiffer", "parallel")
+    ),
+)
+PAIRS = [(case, kind) for case in CASES for kind in case.kinds]
+IDS = [f"{case.name}-{kind}" for case, kind in PAIRS]
