@@ -5,8 +5,9 @@ that the loop alone decides what is divided by what. `managed_gradient_accumulat
 the end of an accumulation, however many microbatches it had.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -14,12 +15,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
 
+from peft_service.attached import Attached
 from peft_service.errors import InvalidRequest
 from peft_service.spec import Training
 from peft_service.train import adamw, full_copy
@@ -43,7 +46,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        attached: Attached,
         training: Training,
         *,
         stage: int,
@@ -53,7 +56,7 @@ class ZeroEngine:
         device: torch.device | str = "cpu",
         persistence_threshold: int = 100_000,
     ) -> None:
-        """`model` has its trainable parameters in float32; bf16 trains bf16 copies of them with float32
+        """The model has its trainable parameters in float32; bf16 trains bf16 copies of them with float32
         masters.
 
         Parameters of at most `persistence_threshold` elements are not sharded by stage 3.
@@ -80,7 +83,7 @@ class ZeroEngine:
         self.stage = stage
         self.max_grad_norm = training.max_grad_norm
         self.updates = 0
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        model = attached.model
         zero: dict[str, Any] = {
             "stage": stage,
             "overlap_comm": stage == 2 and self.device.type == "cuda",
@@ -90,13 +93,13 @@ class ZeroEngine:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if offload_parameters:
             zero["offload_param"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        optimizer = adamw(trainable, training)
+        optimizer = adamw(attached, training)
         if stage == 0:
             optimizer.register_step_pre_hook(self._clip_or_drop)
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            model_parameters=trainable,
+            model_parameters=[p for group in optimizer.param_groups for p in group["params"]],
             dist_init_required=False,
             config={
                 "train_micro_batch_size_per_gpu": 1,
@@ -121,7 +124,7 @@ class ZeroEngine:
 
     def step(self, learning_rate: float) -> float:
         for group in self._optimizer().param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         self.engine.step()
         if self.stage == 0:
             norm = self._norm
@@ -138,6 +141,24 @@ class ZeroEngine:
         if self.world > 1:
             dist.all_reduce(total)
         return total
+
+    def gradient(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        if self.stage == 0:
+            gradient = parameter.grad
+        else:
+            gradient = safe_get_full_grad(parameter)
+        if gradient is None:
+            return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), device=self.device)
+        full: Tensor = gradient.float()
+        return full
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        with deepspeed.zero.GatheredParameters(
+            list(self.parameters.values()), modifier_rank=None, enabled=self.stage == 3
+        ):
+            yield
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {"step": torch.tensor(self.updates)}
@@ -185,9 +206,7 @@ class ZeroEngine:
                     safe_set_full_optimizer_state(parameter, state[f"{key}.{name}"].to(self.device), key)
 
     def trainable(self) -> dict[str, Tensor]:
-        with deepspeed.zero.GatheredParameters(
-            list(self.parameters.values()), modifier_rank=None, enabled=self.stage == 3
-        ):
+        with self.gathered():
             return {name: p.detach().cpu().clone().contiguous() for name, p in self.parameters.items()}
 
     def close(self) -> None:

@@ -10,10 +10,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from peft_service import methods
 from peft_service.base_model import ModelShape
 from peft_service.batches import steps_of
 from peft_service.errors import DoesNotFit, InvalidRequest
-from peft_service.spec import FineTuneSpec
+from peft_service.spec import FineTuneSpec, case_of
 from peft_service.variants import Frozen
 
 Precision = Literal["fp32", "bf16"]
@@ -203,7 +204,15 @@ def _wants_gpu(spec: FineTuneSpec, capacity: Capacity) -> bool:
 def _check(spec: FineTuneSpec, precision: Precision, gpu: bool) -> None:
     """Refuse what contradicts itself on any cluster."""
     training, resources = spec.training, spec.resources
-    stage = training.zero_stage
+    stage, can = training.zero_stage, spec.method.can
+    if stage != "auto" and stage not in can.zero_stages:
+        able = ", ".join(map(str, can.zero_stages))
+        raise InvalidRequest(
+            f"{spec.method.kind} does not work with ZeRO stage {stage}: "
+            f"{can.why.get('zero_stages', 'it is not defined there')}. It works with {able}.",
+            code="method_not_applicable",
+            param="training.zero_stage",
+        )
     if precision == "bf16" and stage == 0:
         raise InvalidRequest(
             "bf16 with ZeRO stage 0 keeps no float32 copy of the weights and drifts from every other stage; "
@@ -263,13 +272,15 @@ def _stages(spec: FineTuneSpec, workers: int, precision: Precision) -> tuple[Lit
     """ZeRO stages to try, least sharding first."""
     if spec.training.zero_stage != "auto":
         return (spec.training.zero_stage,)
+    wished: tuple[Literal[0, 1, 2, 3], ...] = (0,)
     if spec.training.offload_parameters:
-        return (3,)
-    if workers > 1:
-        return (2, 3)
-    if precision == "bf16" or spec.training.offload_optimizer:
-        return (1,)
-    return (0,)
+        wished = (3,)
+    elif workers > 1:
+        wished = (2, 3)
+    elif precision == "bf16" or spec.training.offload_optimizer:
+        wished = (1,)
+    able = spec.method.can.zero_stages
+    return tuple(stage for stage in wished if stage in able) or able[-1:]
 
 
 def _with(
@@ -285,7 +296,7 @@ def _with(
     training = spec.training
     steps = steps_of(spec.data.training.rows, training)
     rows_per_worker = math.ceil(training.batch_size / workers)
-    trainable = spec.method.trainable(shape)
+    trainable = methods.trainable(spec.method, shape, case_of(spec, shape))
 
     def plan_of(microbatch: int, checkpointing: bool) -> Plan:
         memory = _memory(spec, shape, trainable, workers, stage, precision, gpu, microbatch, checkpointing)
@@ -308,9 +319,11 @@ def _with(
             arithmetic=(),
         )
 
-    checkpointings = (
-        (False, True) if training.gradient_checkpointing == "auto" else (training.gradient_checkpointing,)
-    )
+    checkpointings: tuple[bool, ...] = (False, True)
+    if training.gradient_checkpointing != "auto":
+        checkpointings = (training.gradient_checkpointing,)
+    elif not spec.method.can.gradient_checkpointing:
+        checkpointings = (False,)
     best: Plan | None = None
     for checkpointing in checkpointings:
         for microbatch in _microbatches(spec, rows_per_worker):

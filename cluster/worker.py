@@ -23,9 +23,9 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
     import torch
-    from torch import nn
 
     from cluster.engine import ZeroEngine, prepare_process
+    from peft_service.attached import Attached
     from peft_service.spec import Training
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -38,9 +38,9 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     device = str(ray.train.torch.get_device()) if plan.gpus_per_worker else "cpu"
     prepare_process()
 
-    def build_engine(model: nn.Module, training: Training) -> ZeroEngine:
+    def build_engine(attached: Attached, training: Training) -> ZeroEngine:
         return ZeroEngine(
-            model,
+            attached,
             training,
             stage=plan.zero_stage,
             precision=plan.precision,

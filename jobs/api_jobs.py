@@ -29,6 +29,7 @@ from jobs.db import jobs as jobs_table
 from jobs.queue import CheckpointRow, EventRow, JobRow, NewJob
 from jobs.request import CreateJob, Known, Resolved, Wanted
 from peft_service import catalog
+from peft_service.spec import Base, Source
 from peft_service.errors import Conflict, InvalidRequest, NotFound, ObjectNotFound, PeftServiceError
 
 router = APIRouter()
@@ -268,6 +269,35 @@ def preflight(caller: AsCaller, raw: Raw) -> Preflight:
     )
 
 
+def _sources(caller: Caller, references: tuple[str, ...], base: Base) -> tuple[Source, ...]:
+    """The published adapters that a method starts from; they must be of the very base.
+
+    Raises:
+        InvalidRequest: one is not there, or is an adapter of another base.
+    """
+    found = []
+    for number, reference in enumerate(references):
+        param = f"adapter.sources[{number}]"
+        with reading(caller.engine) as conn:
+            try:
+                row = catalog.find(conn, caller.project, reference)
+            except NotFound as error:
+                raise InvalidRequest(error.message, code=error.code, param=param) from error
+        if row.deleted_at is not None:
+            raise InvalidRequest(f"the adapter {reference} has been deleted", param=param)
+        if (row.base_id, row.base_digest) != (base.id, base.digest):
+            raise InvalidRequest(
+                f"{reference} is an adapter of {row.base_id} (digest {str(row.base_digest)[:12]}), but the job's "
+                f"base is {base.id} (digest {str(base.digest)[:12]})",
+                code="other_base",
+                param=param,
+            )
+        found.append(
+            Source(reference=reference, id=row.id, key=row.location, digest=row.digest, method=row.method)
+        )
+    return tuple(found)
+
+
 def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
     """Find the request good, or raise; writes nothing.
 
@@ -296,7 +326,8 @@ def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
         body.base.revision if body.base else None,
     )
     known = Known(base.base, base.info.get("context_length"))
-    resolved = requests.resolve(wanted, training, validation, known, base.model_shape)
+    sources = _sources(caller, getattr(wanted.method, "sources", ()), base.base)
+    resolved = requests.resolve(wanted, training, validation, known, base.model_shape, sources)
     capacity = _capacity(caller)
     plan = None if capacity is None else make_plan(resolved.spec, base.model_shape, capacity)
     return Prepared(wanted, resolved, base, plan)

@@ -61,8 +61,15 @@ class FileRow:
     @property
     def data(self) -> DataFile:
         """As a spec names it; only for a validated training file."""
+        statistics = (self.report or {}).get("statistics", {})
         return DataFile(
-            id=self.id, key=self.key, sha256=self.sha256, rows=self.rows or 0, format=self.format or ""
+            id=self.id,
+            key=self.key,
+            sha256=self.sha256,
+            rows=self.rows or 0,
+            format=self.format or "",
+            labels=tuple(statistics.get("labels", ())),
+            tasks=tuple(statistics.get("tasks", ())),
         )
 
 

@@ -16,8 +16,21 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, field
 from jobs.body import check, unknown_key
 from jobs.db import PRIORITY_HIGHEST, PRIORITY_LOWEST, PRIORITY_NORMAL
 from peft_service.errors import InvalidRequest
+from peft_service import methods
 from peft_service.methods import METHODS, Method
-from peft_service.spec import NAME_PATTERN, Base, Data, DataFile, FineTuneSpec, Resources, Training
+from peft_service.objectives import OBJECTIVES, Objective
+from peft_service.spec import (
+    NAME_PATTERN,
+    Base,
+    Data,
+    DataFile,
+    FineTuneSpec,
+    Resources,
+    Source,
+    Training,
+    case_of,
+)
+from peft_service.tasks import has_known_head, tasks_of
 from peft_service.variants import Frozen, kind_of
 
 AUTO_FIELDS = ("n_epochs", "batch_size", "learning_rate", "max_seq_len")
@@ -36,6 +49,50 @@ UNSUPPORTED_METHODS = ("dpo", "reinforcement")
 
 def methods_by_kind() -> dict[str, type[Method]]:
     return {kind_of(method): cast("type[Method]", method) for method in METHODS}
+
+
+def known_names() -> list[str]:
+    """Every name of a method that a request may use."""
+    return [
+        name for variant in METHODS for name in (kind_of(variant), *cast("type[Method]", variant).aliases)
+    ]
+
+
+def objective_for(file: DataFile, shape: Any) -> Objective:
+    """What a file of this format teaches on such a base.
+
+    Raises:
+        InvalidRequest: the base cannot do it; says what it can.
+    """
+    objectives: list[Objective] = [cast("Objective", variant.model_validate({})) for variant in OBJECTIVES]
+    objective = next(objective for objective in objectives if file.format in objective.formats)
+    task = objective.task(shape.architecture)
+    if task not in tasks_of(shape.architecture):
+        able = [
+            name
+            for other in objectives
+            for name in other.formats
+            if other.task(shape.architecture) in tasks_of(shape.architecture)
+        ]
+        words = shape.architecture.replace("_", "-")
+        raise InvalidRequest(
+            f"the file {file.id} is of the format {file.format}, which teaches {task.replace('_', ' ')}, but the "
+            f"base is an {words} model ({shape.model_type}); such a base learns from: {', '.join(able)}",
+            code="base_not_applicable",
+            param="model",
+        )
+    if not has_known_head(shape.model_type, task):
+        raise InvalidRequest(
+            f"for {shape.model_type} models the size of the head for {task.replace('_', ' ')} is not known here",
+            code="base_not_applicable",
+            param="model",
+        )
+    if len(file.labels) < 2 and task in ("sequence_classification", "token_classification"):
+        raise InvalidRequest(
+            f"the file {file.id} has {len(file.labels)} label: a classification needs two at least",
+            param="training_file",
+        )
+    return objective
 
 
 def _adapter_schema() -> dict[str, Any]:
@@ -119,6 +176,8 @@ class BaseRequest(Frozen):
 class DataRequest(Frozen):
     too_long: Literal["error", "drop", "right", "left"] | None = None
     """What happens to a row longer than `training.max_seq_len`."""
+    task_temperature: float | None = Field(None, gt=0, le=100)
+    """Of a multi-task file, draw rows so that a task of n rows has a share of n^(1/T)."""
 
 
 Metadata = Annotated[
@@ -306,7 +365,10 @@ class _Merged:
 def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"] | None]:
     quantize: Literal["nf4"] | None = "nf4" if body.base is not None and body.base.quantize == "nf4" else None
     given = dict(body.adapter or {})
+    variants = methods_by_kind()
     for key in ("kind", "type"):
+        if key == "type" and "type" in variants[values.values.get("adapter.kind", "lora")].model_fields:
+            continue
         kind = given.pop(key, None)
         if kind is None:
             continue
@@ -314,26 +376,29 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
             raise InvalidRequest(
                 f"adapter.{key} must be the name of a method", code="invalid_value", param=f"adapter.{key}"
             )
-        kind = kind.lower()
-        if kind == "qlora":
+        named = methods.names().get(methods.spelled(kind))
+        if named is None:
+            raise InvalidRequest(
+                f"adapter.{key}: there is no method {kind!r}; "
+                f"{unknown_key(kind, sorted(known_names())).partition(': ')[2]}",
+                code="method_not_supported",
+                param=f"adapter.{key}",
+            )
+        written, (kind, preset) = kind, named
+        for name, value in preset.items():
+            if name != "base.quantize":
+                values.put(f"adapter.{name}", value, f"adapter.{key}")
+                continue
             if body.base is not None and body.base.quantize == "none":
                 raise InvalidRequest(
-                    "adapter is qlora, which is LoRA on a 4-bit base, but base.quantize is 'none'",
+                    f"adapter is {written}, which is {kind} on a 4-bit base, but base.quantize is 'none'",
                     code="conflicting_parameters",
                     param="base.quantize",
                 )
-            kind, quantize = "lora", "nf4"
+            quantize = value
         values.put("adapter.kind", kind, f"adapter.{key}")
     kind = values.values.get("adapter.kind", "lora")
-    methods = methods_by_kind()
-    if kind not in methods:
-        where = values.written.get("adapter.kind", "adapter.kind")
-        raise InvalidRequest(
-            f"{where}: there is no method {kind!r}; {unknown_key(kind, methods).partition(': ')[2]}",
-            code="method_not_supported",
-            param=where,
-        )
-    known = methods[kind].model_fields
+    known = variants[kind].model_fields
     for name, value in given.items():
         target = name if name in known else ALIASES.get(name, name)
         values.put(f"adapter.{target}", value, f"adapter.{name}")
@@ -344,22 +409,28 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
                 f"{written} is no field of the method {kind!r}", code="unknown_parameter", param=written
             )
     return check(
-        methods[kind], {**values.under("adapter"), "kind": kind}, "adapter", values.written
+        variants[kind], {**values.under("adapter"), "kind": kind}, "adapter", values.written
     ), quantize
 
 
 def resolve(
-    wanted: Wanted, training: DataFile, validation: DataFile | None, known: Known, shape: Any
+    wanted: Wanted,
+    training: DataFile,
+    validation: DataFile | None,
+    known: Known,
+    shape: Any,
+    sources: tuple[Source, ...] = (),
 ) -> Resolved:
     """The spec: every value concrete, and for the chosen ones a reason in words.
 
     Args:
         shape: the base's ModelShape, so that the method can refuse a base it cannot work on.
+        sources: the adapters that the method's own `sources` name.
     """
     body, given, written = wanted.body, dict(wanted.training), dict(wanted.written)
     reasons: dict[str, str] = {}
     multiplier = given.pop("learning_rate_multiplier", None)
-    rate = type(wanted.method).learning_rate
+    rate = wanted.method.rate()
     if "n_epochs" not in given:
         given["n_epochs"] = auto_epochs(training.rows)
         reasons["n_epochs"] = f"{training.rows} rows: enough epochs for 100 examples, at most 25,000"
@@ -388,19 +459,26 @@ def resolve(
             param="training.max_seq_len",
         )
     name = body.name or body.suffix or default_name(known.base.id, kind_of(type(wanted.method)))
-    base = known.base.model_copy(update={"quantize": wanted.quantize})
-    wanted.method.check(shape, wanted.quantize)
+    base = known.base.model_copy(
+        update={"quantize": wanted.quantize, "architecture": shape.architecture}
+    )
     spec = FineTuneSpec(
         name=name,
         base=base,
         method=wanted.method,
+        objective=objective_for(training, shape),
         data=Data(
-            training=training, validation=validation, too_long=(body.data and body.data.too_long) or "error"
+            training=training,
+            validation=validation,
+            too_long=(body.data and body.data.too_long) or "error",
+            task_temperature=body.data and body.data.task_temperature,
         ),
+        sources=sources,
         training=check(Training, given, "training", written),
         resources=body.resources or Resources(),
         seed=body.seed or 0,
     )
+    methods.admit(spec.method, shape, case_of(spec, shape))
     return Resolved(spec, reasons)
 
 
@@ -429,7 +507,7 @@ def default_name(base_id: str, kind: str) -> str:
 
 def hyperparameters_of(spec: FineTuneSpec) -> dict[str, Any]:
     """OpenAI's three, as numbers, and the learning rate that they amount to."""
-    rate = type(spec.method).learning_rate
+    rate = spec.method.rate()
     return {
         "n_epochs": spec.training.n_epochs,
         "batch_size": spec.training.batch_size,

@@ -39,6 +39,7 @@ from jobs.policies import Explain, Fits, Holding, Policy, Start, Waiting
 from jobs.policies import Snapshot as QueueSnapshot
 from jobs.policies.priority_fifo import PriorityFIFO
 from jobs.queue import Event, JobRow, Lease, LeaseLost, Live
+from peft_service import adapter as adapter_files
 from peft_service import catalog
 from peft_service.errors import ObjectExists, ObjectNotFound, RunFailed, StoreError
 from peft_service.spec import FineTuneSpec
@@ -511,7 +512,14 @@ class Scheduler:
             queue.report(self._engine, lease, values={"phase": "publishing", "status_reason": None})
         spec = FineTuneSpec.model_validate(row.spec)
         version = queue.reserve_version(self._engine, lease)
-        location = catalog.location_of(row.project_id, spec.base.id, spec.name, version, row.id)
+        location = catalog.location_of(
+            row.project_id,
+            spec.base.id,
+            spec.name,
+            version,
+            row.id,
+            servable=adapter_files.is_servable(self._store, f"{prefix}/adapter"),
+        )
         id8 = catalog.id8_of(row.id)
         project = queue.project_name(self._engine, row.project_id)
         model = f"ft:{catalog.slug_of(spec.base.id)}:{project}:{spec.name}:{id8}"
@@ -601,11 +609,14 @@ class Scheduler:
         if row.adapter_version is None:
             return
         base = row.spec["base"]["id"]
-        location = catalog.location_of(row.project_id, base, row.name, row.adapter_version, row.id)
-        # The manifest first: without it the rest is no adapter.
-        self._store.delete(f"{location}/manifest.json")
-        for info in list(self._store.list(f"{location}/")):
-            self._store.delete(info.key)
+        for servable in (True, False):
+            location = catalog.location_of(
+                row.project_id, base, row.name, row.adapter_version, row.id, servable=servable
+            )
+            # The manifest first: without it the rest is no adapter.
+            self._store.delete(f"{location}/manifest.json")
+            for info in list(self._store.list(f"{location}/")):
+                self._store.delete(info.key)
 
     def _keep_log(self, name: str, prefix: str) -> None:
         """Keep what a dead attempt printed; the cluster forgets it. Never worth failing for."""

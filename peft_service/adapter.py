@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_service.errors import GateFailed, ObjectNotFound
-from peft_service.spec import FineTuneSpec
+from peft_service.methods import SERVERS, Method
+from peft_service.spec import Base, FineTuneSpec
+from peft_service.tasks import AUTO_CLASSES, Task
 from peft_service.store import Store
 from peft_service.variants import Frozen
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from peft_service.attached import Attached
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -31,6 +35,15 @@ MANIFEST = "manifest.json"
 SOFTWARE = ("torch", "transformers", "peft", "deepspeed", "ray", "bitsandbytes", "peft-service")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank can be."""
+
+
+_PEFT_TYPES = frozenset(
+    """PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA BOFT ADAPTION_PROMPT IA3 LOHA
+    LOKR OFT POLY LN_TUNING VERA FOURIERFT XLORA HRA VBLORA CPT RANDLORA TRAINABLE_TOKENS SHIRA C3A ROAD WAVEFT
+    OSF DELORA GRALORA MISS ADAMSS BEFT CARTRIDGE FROD GLORA HIRA LILY PEANUT PSOFT PVERA SHADOW SUPERTUNING
+    TINYLORA UNILORA DEFT""".split()
+)
+"""peft's own types: importing peft to ask it would import torch into the scheduler."""
 
 
 class Check(Frozen):
@@ -56,28 +69,23 @@ class Proof(Frozen):
     trainable_parameters: int
 
 
-def stage(model: Any, trainable: Mapping[str, "Tensor"], tokenizer: Any, directory: Path) -> int:
-    """Write the adapter of a PeftModel as PEFT does, and the tokenizer with its template; count its values.
+def stage(
+    attached: "Attached", trainable: Mapping[str, "Tensor"], tokenizer: Any, directory: Path, base: Base
+) -> None:
+    """Write the artifact of a trained method, and the tokenizer with its template.
 
-    `trainable` has every trainable parameter full size on the CPU, by its name in `model`: under ZeRO-3 the
-    model's own parameters are empty, and PEFT would write them so.
+    `trainable` has every trainable parameter full size on the CPU, by its name in the model: under ZeRO-3 the
+    model's own parameters are empty outside `Engine.gathered`.
 
     Raises:
         GateFailed: a tensor is empty.
     """
-    empty = sorted(name for name, tensor in trainable.items() if tensor.numel() == 0)
-    if empty:
-        raise GateFailed(
-            f"{len(empty)} of {len(trainable)} gathered tensors are empty, the first is {empty[0]}"
-        )
+    from peft_service.attached import check_gathered
+
+    check_gathered(trainable)
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(
-        directory, state_dict=dict(trainable), safe_serialization=True, save_embedding_layers=False
-    )
+    attached.save(trainable, directory, (base.id, base.revision))
     tokenizer.save_pretrained(directory)
-    # PEFT's card names the trainer's local path as the base; ours is written when the adapter has a name.
-    (directory / CARD).unlink(missing_ok=True)
-    return sum(tensor.numel() for tensor in trainable.values())
 
 
 def files_of(directory: Path) -> tuple[File, ...]:
@@ -117,18 +125,21 @@ def publish(
         raise GateFailed("; ".join(f"{check.name}: {check.detail}" for check in failed))
     spec = FineTuneSpec.model_validate(record["spec"])
     staged = {file.path: file for file in proof.files}
-    config = json.loads(_checked(store, staged_prefix, staged[CONFIG]))
-    # Servers compare this with the name they serve; the trainer's path would mean nothing to them.
-    config["base_model_name_or_path"] = spec.base.id
-    config["revision"] = spec.base.revision
-    made = {CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}
+    config: dict[str, Any] | None = None
+    made: dict[str, str] = {}
+    if CONFIG in staged:
+        config = json.loads(_checked(store, staged_prefix, staged[CONFIG]))
+        # Servers compare this with the name they serve; the trainer's path would mean nothing to them.
+        config["base_model_name_or_path"] = spec.base.id
+        config["revision"] = spec.base.revision
+        made[CONFIG] = json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     copied = [file for file in proof.files if file.path not in (CONFIG, CARD, SUMS, MANIFEST)]
     for file in copied:
         if digest_in(store, f"{staged_prefix}/{file.path}") != file.sha256:
             raise GateFailed(f"{staged_prefix}/{file.path} is not the file that the gate checked")
         store.copy(f"{staged_prefix}/{file.path}", f"{target_prefix}/{file.path}")
-    compatibility = compatibility_of(config)
+    compatibility = compatibility_of(config, spec.method)
     if store.url.startswith("file:") and compatibility["ray_serve_llm"]["ok"]:
         compatibility["ray_serve_llm"] |= {
             "ok": False,
@@ -151,7 +162,8 @@ def publish(
         "compatibility": compatibility,
     }
     for path in (CARD, SUMS, CONFIG):
-        store.put(f"{target_prefix}/{path}", made[path].encode())
+        if path in made:
+            store.put(f"{target_prefix}/{path}", made[path].encode())
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     store.put(f"{target_prefix}/{MANIFEST}", text.encode())
     return manifest
@@ -174,29 +186,58 @@ def verify(store: Store, prefix: str) -> dict[str, Any]:
     return manifest
 
 
-def compatibility_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Which servers can load an adapter with this adapter_config.json, and why not the others.
+def is_servable(store: Store, prefix: str) -> bool:
+    """Whether what lies there is what servers mean by an adapter: a plain LoRA of a language model."""
+    try:
+        return not _unservable(json.loads(store.get(f"{prefix}/{CONFIG}")))
+    except ObjectNotFound:
+        return False
 
-    vLLM 0.15: LoRA only, no DoRA, no bias, no extra trained modules, a rank up to its --max-lora-rank.
-    Ray Serve LLM runs vLLM. LoRAX: LoRA (and others we do not write) from a bucket's prefix.
-    """
+
+def _unservable(config: Mapping[str, Any]) -> list[str]:
+    """Why vLLM, and what runs it, cannot serve an adapter with this adapter_config.json."""
     rank = config.get("r")
     reasons = []
     if config.get("peft_type") != "LORA" or rank is None:
         reasons.append(f"it is no LoRA but {config.get('peft_type')}")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        reasons.append(f"it is for {config.get('task_type')}, not for generating text")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        reasons.append("its layers have different ranks")
     if config.get("use_dora"):
         reasons.append("it is a DoRA")
     if config.get("bias", "none") != "none":
         reasons.append("it has trained biases")
     if config.get("modules_to_save"):
         reasons.append(f"it has trained modules besides LoRA: {config['modules_to_save']}")
-    fitting = [limit for limit in VLLM_RANKS if rank is not None and rank <= limit]
-    if rank is not None and not fitting:
+    if rank is not None and rank > VLLM_RANKS[-1]:
         reasons.append(f"its rank {rank} is above {VLLM_RANKS[-1]}")
+    return reasons
+
+
+def compatibility_of(config: Mapping[str, Any] | None, method: Method) -> dict[str, dict[str, Any]]:
+    """Which servers can load an adapter with this adapter_config.json, and why not the others.
+
+    vLLM 0.15: LoRA only, no DoRA, no bias, no extra trained modules, a rank up to its --max-lora-rank.
+    Ray Serve LLM runs vLLM. LoRAX: LoRA (and others we do not write) from a bucket's prefix.
+    """
+    if config is None:
+        what = {
+            "delta": "it is a delta: changed weights of the base, put on by peft_service.artifact.load",
+            "model": "it is a whole model, to be served as one, without a base",
+        }.get(method.can.carrier, "it has several parts, put together by peft_service.artifact.load")
+        return {server: {"ok": False, "reason": what, "needs": {}} for server in SERVERS}
+    reasons = _unservable(config)
+    rank = config.get("r")
+    fitting = [limit for limit in VLLM_RANKS if rank is not None and rank <= limit]
+    plain = config.get("peft_type") in _PEFT_TYPES
     served: dict[str, Any] = {"ok": not reasons, "reason": "; ".join(reasons) or None}
     needs = {"max_lora_rank": fitting[0]} if fitting and not reasons else {}
     return {
-        "peft": {"ok": True, "reason": None},
+        "peft": {
+            "ok": True,
+            "reason": None if plain else "after `import peft_service.tuners`, which registers its type",
+        },
         "vllm": {**served, "needs": needs},
         "ray_serve_llm": {**served, "needs": needs},
         "lorax": {**served, "needs": {}},
@@ -211,11 +252,12 @@ def card(
     location: str,
 ) -> str:
     """README.md: a model card that the Hub accepts, with how to load just this adapter."""
+    carrier, task = spec.method.can.carrier, _task_of(spec)
     front = {
         "base_model": spec.base.id,
-        "base_model_relation": "adapter",
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
+        "base_model_relation": "finetune" if carrier in ("model", "delta") else "adapter",
+        "library_name": "transformers" if carrier == "model" else "peft",
+        "pipeline_tag": _PIPELINES[task],
         "tags": [spec.method.kind, f"base_model:adapter:{spec.base.id}", spec.objective.kind, "transformers"],
     }
     reference = f"{record['name']}-v{record['version']:04d}"
@@ -240,18 +282,15 @@ def card(
             "",
             f"# {reference}",
             "",
-            f"A {spec.method.kind} adapter of {spec.base.id} with {proof.trainable_parameters:,} values.",
+            f"A {spec.method.title or spec.method.kind} fine-tune of {spec.base.id}, which trained "
+            f"{proof.trainable_parameters:,} values.",
             f"Made by job `{record['job']}` of peft-service. It has the base's licence and limits; what it",
             "learned is what its training rows show.",
             "",
             "## Load it",
             "",
             "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{spec.base.id}")',
-            'model = PeftModel.from_pretrained(model, "this/folder")',
+            *_loading(spec, task),
             'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
             "```",
             "",
@@ -283,6 +322,43 @@ def card(
             "",
         ]
     )
+
+
+_PIPELINES: dict[Task, str] = {
+    "causal_lm": "text-generation",
+    "seq2seq_lm": "text2text-generation",
+    "sequence_classification": "text-classification",
+    "token_classification": "token-classification",
+    "question_answering": "question-answering",
+}
+
+
+def _task_of(spec: FineTuneSpec) -> Task:
+    """Of a spec without its shape: what its objective asks of a decoder, or of an encoder-decoder."""
+    task = spec.objective.task("decoder")
+    return "seq2seq_lm" if task == "causal_lm" and spec.base.architecture == "encoder_decoder" else task
+
+
+def _loading(spec: FineTuneSpec, task: Task) -> list[str]:
+    """Lines of Python that load the artifact."""
+    carrier, name = spec.method.can.carrier, AUTO_CLASSES[task]
+    head = ""
+    if spec.data.training.labels and task != "question_answering" and carrier != "model":
+        head = f", num_labels={len(spec.data.training.labels)}"
+    source = "this/folder" if carrier == "model" else spec.base.id
+    lines = [
+        f"from transformers import {name}, AutoTokenizer",
+        "",
+        f'model = {name}.from_pretrained("{source}"{head})',
+    ]
+    if carrier in ("peft", "registered"):
+        lines = ["from peft import PeftModel", *lines, 'model = PeftModel.from_pretrained(model, "this/folder")']
+    if carrier == "registered":
+        lines = ["import peft_service.tuners  # registers the type with peft", *lines]
+    if carrier in ("delta", "composite"):
+        lines = ["from pathlib import Path", *lines, 'model = artifact.load(model, Path("this/folder"))']
+        lines.insert(2, "from peft_service import artifact")
+    return lines
 
 
 def digest_in(store: Store, key: str) -> str:

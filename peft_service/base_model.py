@@ -13,12 +13,13 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peft_service.errors import StoreError, UnknownBase
 from peft_service.spec import Base
+from peft_service.tasks import AUTO_CLASSES, CLASSIFYING, Architecture, Task
 from peft_service.variants import Frozen
 
 if TYPE_CHECKING:
@@ -42,7 +43,17 @@ _BLOCKS = 256
 _DTYPE_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OUTPUT_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)$")
-_NOT_LINEAR = re.compile(r"embed|(^|\.)(wte|wpe|wse)$|norm|\.experts\.|rotary")
+_NOT_LINEAR = re.compile(r"embed|(^|\.)(wte|wpe|wse)$|norm|\.experts\.|rotary|relative_attention_bias|\.gate$")
+_IN_BLOCK = re.compile(r"\.\d+\.")
+"""Layers of a transformer are numbered; pooler, heads and projections around them are not."""
+_MODEL_HEAD = re.compile(r"^(lm_head|embed_out|output_layer|cls|generator_lm_head|generator_predictions)\.")
+_POOLER = re.compile(r"(^|\.)pooler\.")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|shared)\.weight$")
+_ENCODERS = {
+    "bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "mpnet", "deberta-v2",
+    "modernbert",
+}  # fmt: skip
+_ENCODERS_DECODERS = {"t5", "mt5", "umt5", "bart", "mbart", "longt5", "m2m_100", "marian", "pegasus"}
 
 
 class ModelShape(Frozen):
@@ -60,6 +71,35 @@ class ModelShape(Frozen):
     """torch's name of the dtype most weights are stored in."""
     tied: bool
     """The output head is the embedding."""
+    architecture: Architecture = "decoder"
+    model_type: str = ""
+    """transformers' name of the kind of model, for example `llama`."""
+    decoder_layers: int = 0
+    """Of an encoder-decoder, of which `layers` counts the encoder's."""
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    intermediate: int = 0
+    """Width inside the feed-forward block."""
+    biases: tuple[tuple[str, int], ...] = ()
+    """(tensor, size) of every bias of the body: linear layers' and norms', heads and pooler not."""
+    norms: tuple[tuple[str, int], ...] = ()
+    """(module, size) of every normalisation layer of the body."""
+    embedding_parameters: int = 0
+    """Of the token embedding."""
+    pooler_parameters: int = 0
+    head_parameters: int = 0
+    """Of the head that the checkpoint brings: a language model's, where it is not the embedding."""
+
+    @property
+    def body_parameters(self) -> int:
+        """Without head and pooler."""
+        return self.parameters - self.head_parameters - self.pooler_parameters
+
+    @property
+    def kv_width(self) -> int:
+        """k of the notes: with grouped queries, keys and values are narrower than the hidden state."""
+        return self.kv_heads * self.head_dim
 
 
 class BaseInfo(Frozen):
@@ -192,12 +232,24 @@ def fetch(base: Base, cache: Path) -> Path:
 
 
 def load(
-    directory: Path, *, precision: str, quantize: str | None = None, device: "torch.device | str" = "cpu"
+    directory: Path,
+    *,
+    precision: str,
+    quantize: str | None = None,
+    device: "torch.device | str" = "cpu",
+    task: Task = "causal_lm",
+    labels: tuple[str, ...] = (),
+    seed: int = 0,
 ) -> "nn.Module":
     """The frozen base as a transformers model in eval mode, in float32 or bfloat16, optionally held in
-    NF4."""
+    NF4.
+
+    A task that needs a head gets one of as many outputs as there are `labels`, whose first values are drawn
+    from `seed`; `model.new_head` has the names of its modules.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    import transformers
+    from transformers import BitsAndBytesConfig
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     options: dict[str, Any] = {}
@@ -214,14 +266,21 @@ def load(
             options["device_map"] = {"": str(device)}
     elif str(device) != "cpu" and not _zero_init_is_on():
         options["device_map"] = {"": str(device)}
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        **options,
-    )
+    if task in ("sequence_classification", "token_classification"):
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the head's first values
+        model, told = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    model.new_head = _whole_modules(model, told["missing_keys"]) if task in CLASSIFYING else []
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if quantize == "nf4":
@@ -235,6 +294,18 @@ def load(
     model.config.use_cache = False
     model.eval()
     return model  # type: ignore[no-any-return]
+
+
+def _whole_modules(model: Any, missing: Iterable[str]) -> list[str]:
+    """The outermost modules of which a checkpoint had no parameter."""
+    absent = set(missing)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{key}" for key, _ in module.named_parameters()]
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and own and not inside and all(key in absent for key in own):
+            found.append(name)
+    return found
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -311,14 +382,29 @@ def _checked(uri: str, source: _Source) -> tuple[dict[str, Any], set[str]]:
             'and base.quantize = "nf4" for 4 bits.',
             param="model",
         )
-    architectures = config.get("architectures") or []
-    if not architectures or not re.search(r"(ForCausalLM|LMHeadModel)$", architectures[0]):
-        raise UnknownBase(
-            f"{uri}: architecture {architectures[:1] or 'unnamed'} is no decoder language model "
-            "(…ForCausalLM); only those can be fine-tuned.",
-            param="model",
-        )
+    _architecture_of(uri, config)
     return config, names
+
+
+def _architecture_of(uri: str, config: dict[str, Any]) -> Architecture:
+    """
+    Raises:
+        UnknownBase: it is no text model of the three kinds.
+    """
+    named = (config.get("architectures") or [""])[0]
+    model_type = config.get("model_type", "")
+    if model_type in _ENCODERS_DECODERS:
+        return "encoder_decoder"
+    if re.search(r"(ForCausalLM|LMHeadModel)$", named):
+        return "decoder"
+    if model_type in _ENCODERS:
+        return "encoder"
+    raise UnknownBase(
+        f"{uri}: architecture {named or 'unnamed'} is no decoder language model (…ForCausalLM), no encoder "
+        f"({', '.join(sorted(_ENCODERS))}) and no encoder-decoder ({', '.join(sorted(_ENCODERS_DECODERS))}); "
+        "only those can be fine-tuned.",
+        param="model",
+    )
 
 
 def _known_model_types() -> set[str]:
@@ -335,42 +421,87 @@ def _known_model_types() -> set[str]:
 
 def _shape_of(uri: str, config: dict[str, Any], source: _Source, names: set[str]) -> ModelShape:
     text = config.get("text_config", config)
+    architecture, model_type = _architecture_of(uri, config), str(config.get("model_type", ""))
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)))
-    transposed = config.get("model_type") in {"gpt2", "gpt_bigcode", "imagegpt"}
+    transposed = model_type in {"gpt2", "gpt_bigcode", "imagegpt"}
     linears: list[tuple[str, int, int]] = []
+    biases: list[tuple[str, int]] = []
+    norms: list[tuple[str, int]] = []
     bytes_by_dtype: dict[str, int] = {}
-    parameters = 0
-    for name in sorted(names):
-        if not name.endswith(".safetensors"):
+    parameters = embedding = pooler = head = 0
+    seen: set[str] = set()
+    for file in sorted(names):
+        if not file.endswith(".safetensors"):
             continue
-        for tensor, entry in _header(uri, source, name).items():
-            module = tensor.removesuffix(".weight")
+        for tensor, entry in _header(uri, source, file).items():
             size = entry["data_offsets"][1] - entry["data_offsets"][0]
-            if tied and _OUTPUT_HEAD.search(module):
-                continue  # some repositories store the tied head a second time
+            if entry["dtype"] not in _DTYPE_NAMES and entry["dtype"][0] != "F":
+                continue  # position ids and other buffers
+            if tied and (_OUTPUT_HEAD.search(tensor.removesuffix(".weight")) or _tied_again(tensor, seen)):
+                continue  # some repositories store the tied head, or T5's embedding, a second time
+            shape = entry["shape"]
             numel = size * 8 // _DTYPE_BITS.get(entry["dtype"], 8)
+            seen.add(tensor)
             parameters += numel
             bytes_by_dtype[entry["dtype"]] = bytes_by_dtype.get(entry["dtype"], 0) + size
-            shape = entry["shape"]
-            if (
-                tensor.endswith(".weight")
+            module, _, kind = tensor.rpartition(".")
+            if _EMBEDDINGS.search(tensor):
+                embedding = numel
+            if _MODEL_HEAD.search(tensor):
+                head += numel
+            elif _POOLER.search(tensor):
+                pooler += numel
+            elif kind == "bias" and len(shape) == 1:
+                biases.append((tensor, numel))
+            elif kind == "weight" and len(shape) == 1:
+                norms.append((module, numel))
+            elif (
+                kind == "weight"
                 and len(shape) == 2
-                and not _OUTPUT_HEAD.search(module)
+                and _IN_BLOCK.search(tensor)
                 and not _NOT_LINEAR.search(module.lower())
             ):
                 d_out, d_in = reversed(shape) if transposed else shape
                 linears.append((module, d_out, d_in))
     dtype = max(bytes_by_dtype, key=lambda key: bytes_by_dtype[key])
+
+    def first(*keys: str) -> int:
+        return int(next((text[key] for key in keys if text.get(key)), 0))
+
+    hidden = first("hidden_size", "n_embd", "d_model", "dim")
+    heads = first("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "n_heads")
+    layers = first("num_hidden_layers", "n_layer", "encoder_layers", "num_layers", "n_layers")
     return ModelShape(
-        layers=text.get("num_hidden_layers") or text.get("n_layer") or 0,
-        hidden=text.get("hidden_size") or text.get("n_embd") or 0,
-        vocab=text.get("vocab_size") or 0,
+        layers=layers,
+        hidden=hidden,
+        vocab=first("vocab_size"),
         linears=tuple(linears),
         parameters=parameters,
         bytes=sum(bytes_by_dtype.values()),
         dtype=_DTYPE_NAMES.get(dtype, dtype.lower()),
         tied=tied,
+        architecture=architecture,
+        model_type=model_type,
+        decoder_layers=(first("decoder_layers", "num_decoder_layers") or layers)
+        if architecture == "encoder_decoder"
+        else 0,
+        heads=heads,
+        kv_heads=first("num_key_value_heads") or heads,
+        head_dim=first("head_dim", "d_kv") or hidden // max(1, heads),
+        intermediate=first("intermediate_size", "n_inner", "encoder_ffn_dim", "d_ff", "ffn_dim", "hidden_dim")
+        or 4 * hidden,
+        biases=tuple(biases),
+        norms=tuple(norms),
+        embedding_parameters=embedding,
+        pooler_parameters=pooler,
+        head_parameters=head,
     )
+
+
+def _tied_again(tensor: str, seen: set[str]) -> bool:
+    """T5 and BART hold one embedding under three names."""
+    found = re.search(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$", tensor)
+    return bool(found) and any(name.endswith("shared.weight") for name in seen)
 
 
 def _header(uri: str, source: _Source, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ resuming, or going on with more or fewer workers, needs no saved state of a samp
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from peft_service.objectives.sft import IGNORE
 from peft_service.spec import Training
+from peft_service.tasks import Task
 from peft_service.tokenise import Tokenised
 
 if TYPE_CHECKING:
@@ -31,9 +32,24 @@ class Batch:
     tokens_BT: "Tensor"
     """int64"""
     labels_BT: "Tensor"
-    """int64: the token itself where it is a target, IGNORE elsewhere. Not shifted: the objective shifts."""
+    """int64: what is to be learned, IGNORE elsewhere. For text the token itself, not shifted: the objective
+    shifts. Tags by token; (B, 1) the class of a row; (B, 2) the first and last token of an answer."""
     mask_BT: "Tensor"
     """int64: 1 where there is a token, 0 on padding."""
+    decoder_BT: "Tensor | None" = None
+    """int64: what an encoder-decoder's decoder reads; `tokens_BT` are then the encoder's."""
+    task_B: "Tensor | None" = None
+    """int64: number of the row's task, in multi-task data."""
+    allowed_BC: "Tensor | None" = None
+    """bool: the classes of the row's task, in multi-task classification."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further inputs of the forward pass, which the method has set."""
+
+    @property
+    def inputs(self) -> "dict[str, Tensor]":
+        """All that the forward pass gets."""
+        given = {"input_ids": self.tokens_BT, "attention_mask": self.mask_BT, **self.extra}
+        return given if self.decoder_BT is None else {**given, "decoder_input_ids": self.decoder_BT}
 
 
 @lru_cache(maxsize=4)
@@ -60,8 +76,40 @@ def steps_of_epoch(rows: int, training: Training) -> int:
     return -(-rows // training.batch_size)
 
 
-def rows_of_step(step: int, rows: int, training: Training, seed: int) -> list[int]:
+@lru_cache(maxsize=4)
+def _drawn(row_tasks: bytes, temperature: float, epoch: int, seed: int) -> NDArray[np.int64]:
+    """As many rows as there are, each from a task drawn with its share n^(1/T) (Raffel et al. 2020,
+    arXiv:1910.10683, section 3.5.2), then in turn from that task's own permutation."""
+    tasks = np.frombuffer(row_tasks, dtype=np.int32)
+    sizes = np.bincount(tasks).astype(np.float64)
+    shares = np.where(sizes > 0, sizes, 1.0) ** (1.0 / temperature) * (sizes > 0)
+    key = hashlib.sha256(f"tasks {seed} {epoch}".encode()).digest()
+    raw = np.random.Philox(key=np.frombuffer(key[:16], dtype="<u8")).random_raw(len(tasks))
+    uniform = (raw >> np.uint64(11)) / np.float64(1 << 53)
+    chosen = np.searchsorted(np.cumsum(shares / shares.sum()), uniform, side="right")
+    drawn = np.empty(len(tasks), dtype=np.int64)
+    for task in np.unique(chosen):
+        mine = np.flatnonzero(tasks == task)
+        places = np.flatnonzero(chosen == task)
+        turns = -(-len(places) // len(mine))
+        queue = [mine[order(len(mine), epoch * 1000 + turn, seed + int(task))] for turn in range(turns)]
+        drawn[places] = np.concatenate(queue)[: len(places)]
+    drawn.setflags(write=False)
+    return drawn
+
+
+def rows_of_step(
+    step: int,
+    rows: int,
+    training: Training,
+    seed: int,
+    *,
+    row_tasks: NDArray[np.int32] | None = None,
+    temperature: float | None = None,
+) -> list[int]:
     """The rows, in order, of step `step`; steps count from 0, so this makes update number `step + 1`.
+
+    With a `temperature` and tasks, an epoch draws its rows by task instead of taking each once.
 
     Raises:
         IndexError: the run has no such step.
@@ -70,7 +118,11 @@ def rows_of_step(step: int, rows: int, training: Training, seed: int) -> list[in
         raise IndexError(f"step {step} of a run of {steps_of(rows, training)} steps (from 0)")
     epoch, within = divmod(step, steps_of_epoch(rows, training))
     start = within * training.batch_size
-    taken: list[int] = order(rows, epoch, seed)[start : start + training.batch_size].tolist()
+    if temperature is not None and row_tasks is not None:
+        epochs_rows = _drawn(row_tasks.astype(np.int32).tobytes(), temperature, epoch, seed)
+    else:
+        epochs_rows = order(rows, epoch, seed)
+    taken: list[int] = epochs_rows[start : start + training.batch_size].tolist()
     return taken
 
 
@@ -82,38 +134,93 @@ def microbatches(
     microbatch: int,
     pad_id: int,
     device: Any,
+    *,
+    task: Task = "causal_lm",
+    start_id: int = 0,
+    classes: int = 0,
+    pad_left: bool = False,
 ) -> list[Batch]:
     """What `rank` of `world` computes of `rows`: its rows are `rows[rank::world]`, `microbatch` at a time.
 
     Every rank gets the same number of microbatches, since under ZeRO-3 each forward pass is a collective: a
     rank with fewer rows gets a padding row without targets in the place of a missing microbatch.
+
+    `start_id` is what an encoder-decoder's decoder starts with. `pad_left` suits a decoder that classifies by
+    its last token. `classes` is the number of classes of a multi-task file.
     """
     most = -(-len(rows) // world)
     mine = list(rows[rank::world])
     return [
-        _batch(tokenised, mine[start : start + microbatch], pad_id, device)
+        _batch(tokenised, mine[start : start + microbatch], pad_id, device, task, start_id, classes, pad_left)
         for start in range(0, most, microbatch)
     ]
 
 
-def _batch(tokenised: Tokenised, rows: Sequence[int], pad_id: int, device: Any) -> Batch:
+def _batch(
+    tokenised: Tokenised,
+    rows: Sequence[int],
+    pad_id: int,
+    device: Any,
+    task: Task,
+    start_id: int,
+    classes: int,
+    pad_left: bool,
+) -> Batch:
     import torch
 
     pairs = [tokenised.row(row) for row in rows]
-    width = max((len(ids) for ids, _ in pairs), default=2)
-    shape = (max(1, len(pairs)), width)
-    tokens_BT = np.full(shape, pad_id, dtype=np.int64)
-    labels_BT = np.full(shape, IGNORE, dtype=np.int64)
-    mask_BT = np.zeros(shape, dtype=np.int64)
-    for place, (ids, targets) in enumerate(pairs):
-        tokens_BT[place, : len(ids)] = ids
-        labels_BT[place, : len(ids)][targets == 1] = ids[targets == 1]
-        mask_BT[place, : len(ids)] = 1
+    count = max(1, len(pairs))
+    decoder_BT = allowed_BC = None
+    if task == "seq2seq_lm":
+        sources = [ids[targets == 0] for ids, targets in pairs]
+        answers = [ids[targets == 1] for ids, targets in pairs]
+        tokens_BT, mask_BT = _padded(sources, count, pad_id)
+        labels_BT, _ = _padded(answers, count, IGNORE)
+        decoder_BT = np.full_like(labels_BT, start_id)
+        decoder_BT[:, 1:] = np.where(labels_BT[:, :-1] == IGNORE, pad_id, labels_BT[:, :-1])
+    else:
+        tokens_BT, mask_BT = _padded([ids for ids, _ in pairs], count, pad_id, pad_left)
+        if task == "causal_lm":
+            marked = [np.where(targets == 1, ids, IGNORE) for ids, targets in pairs]
+            labels_BT, _ = _padded(marked, count, IGNORE)
+        elif task == "token_classification":
+            labels_BT, _ = _padded([tokenised.token_labels(row) for row in rows], count, IGNORE)
+        else:
+            width = 2 if task == "question_answering" else 1
+            labels_BT = np.full((count, width), IGNORE, dtype=np.int64)
+            for place, row in enumerate(rows):
+                labels_BT[place] = tokenised.row_labels(row)
     if not pairs:
         # A row that attends to nothing is a softmax over nothing: NaN, and 0 * NaN in the gradients.
         mask_BT[:] = 1
+    task_B = None
+    if tokenised.row_tasks is not None:
+        task_B = np.array([tokenised.row_tasks[row] for row in rows] or [0], dtype=np.int64)
+        if task == "sequence_classification" and tokenised.class_tasks is not None:
+            allowed_BC = tokenised.class_tasks[None, :classes] == task_B[:, None]
+
+    def placed(array: "NDArray[Any] | None") -> Any:
+        return None if array is None else torch.from_numpy(array).to(device)
+
     return Batch(
-        tokens_BT=torch.from_numpy(tokens_BT).to(device),
-        labels_BT=torch.from_numpy(labels_BT).to(device),
-        mask_BT=torch.from_numpy(mask_BT).to(device),
+        tokens_BT=placed(tokens_BT),
+        labels_BT=placed(labels_BT),
+        mask_BT=placed(mask_BT),
+        decoder_BT=placed(decoder_BT),
+        task_B=placed(task_B),
+        allowed_BC=placed(allowed_BC),
     )
+
+
+def _padded(
+    rows: Sequence[NDArray[Any]], count: int, fill: int, left: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(values, mask), both (count, T), T that of the longest row."""
+    width = max((len(row) for row in rows), default=2)
+    values = np.full((count, width), fill, dtype=np.int64)
+    mask = np.zeros((count, width), dtype=np.int64)
+    for place, row in enumerate(rows):
+        part = slice(width - len(row), width) if left else slice(0, len(row))
+        values[place, part] = row
+        mask[place, part] = 1
+    return values, mask

@@ -5,6 +5,7 @@ them. The connection is the caller's, so that an adapter is registered in the sa
 its job.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class Adapter:
     location: str
     """Key prefix in the store, without a slash at the end."""
     digest: str
-    """sha256 of the weights."""
+    """sha256 of the weights; of several files, of their names and digests."""
     manifest: dict[str, Any]
     metrics: dict[str, Any]
     bytes: int
@@ -134,9 +135,12 @@ def slug_of(base_id: str) -> str:
     return base_id.replace("/", "--").replace(":", "--")
 
 
-def location_of(project: str, base_id: str, name: str, version: int, job: str) -> str:
-    """Where an adapter lives in the store (design §6)."""
-    return f"{project}/adapters/{slug_of(base_id)}/{name}-v{version:04d}-{id8_of(job)}"
+def location_of(
+    project: str, base_id: str, name: str, version: int, job: str, *, servable: bool = True
+) -> str:
+    """Where an adapter lives in the store (design §6): `adapters/` is read by servers, `native/` by us."""
+    folder = "adapters" if servable else "native"
+    return f"{project}/{folder}/{slug_of(base_id)}/{name}-v{version:04d}-{id8_of(job)}"
 
 
 def read(store: Store, location: str) -> Adapter:
@@ -150,7 +154,12 @@ def read(store: Store, location: str) -> Adapter:
     try:
         manifest = json.loads(text)
         record, listed = manifest["record"], manifest["files"]
-        (weights,) = (file for file in listed if file["path"] == "adapter_model.safetensors")
+        weights = sorted(
+            (file["path"], file["sha256"]) for file in listed if file["path"].endswith(".safetensors")
+        )
+        digest = weights[0][1]
+        if len(weights) > 1:
+            digest = hashlib.sha256("".join(f"{sha}  {path}\n" for path, sha in weights).encode()).hexdigest()
         return Adapter(
             id=record["id"],
             project_id=record["project"],
@@ -161,7 +170,7 @@ def read(store: Store, location: str) -> Adapter:
             method=record["spec"]["method"]["kind"],
             job_id=record["job"],
             location=location,
-            digest=weights["sha256"],
+            digest=digest,
             manifest=manifest,
             metrics=record["metrics"],
             bytes=sum(file["size"] for file in listed),
@@ -181,7 +190,7 @@ def rebuild(conn: Connection, store: Store, project: str) -> tuple[int, list[str
     """
     found: list[Adapter] = []
     problems: list[str] = []
-    for info in store.list(f"{project}/adapters/"):
+    for info in (info for folder in ("adapters", "native") for info in store.list(f"{project}/{folder}/")):
         if info.key.endswith("/manifest.json"):
             try:
                 found.append(read(store, info.key.removesuffix("/manifest.json")))

@@ -1,8 +1,8 @@
 """Checkpoints in the store: what any engine on any number of ranks can go on from.
 
 `<run>/checkpoints/step-00000010/` holds `state.safetensors` (Engine.state: full-size float32 parameters
-and Adam moments by parameter name), `state.json` (step, tokens, metrics), `adapter/` (the same weights as a
-PEFT adapter) and, written last, `manifest.json` with the sha256 of each: without one that holds, it is not
+and Adam moments by parameter name, and what the method keeps besides), `state.json` (step, tokens, metrics), `adapter/` (the same weights as an
+artifact) and, written last, `manifest.json` with the sha256 of each: without one that holds, it is not
 there.
 There is no generator state: the loop seeds every step from (seed, step, rank).
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_service.errors import ObjectNotFound
-from peft_service.spec import Base
 from peft_service.store import Store
 
 if TYPE_CHECKING:
@@ -43,21 +42,6 @@ def key_of(run_prefix: str, step: int) -> str:
     return f"{run_prefix}/checkpoints/step-{step:08d}"
 
 
-def write_adapter(model: Any, trainable: "Mapping[str, Tensor]", base: Base, directory: Path) -> None:
-    """The weights of now in PEFT's layout, so that a checkpoint can be tried out or served.
-
-    `model` is the PeftModel; of a sharded one only names and config are read.
-    """
-    model.save_pretrained(directory, state_dict=dict(trainable), save_embedding_layers=False)
-    (directory / "README.md").unlink(missing_ok=True)
-    config = directory / "adapter_config.json"
-    told = json.loads(config.read_text()) | {
-        "base_model_name_or_path": base.id,  # not the directory it was loaded from
-        "revision": base.revision,
-    }
-    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
-
-
 def save(
     store: Store,
     run_prefix: str,
@@ -68,7 +52,7 @@ def save(
 ) -> str:
     """Commit a checkpoint and remove all but the newest three of this attempt; returns its key.
 
-    `progress` needs "step"; `adapter` is a directory in PEFT's layout. One rank calls this.
+    `progress` needs "step"; `adapter` is a directory with the artifact of now. One rank calls this.
     """
     from safetensors.torch import save_file
 
@@ -79,7 +63,8 @@ def save(
     described = workdir / "state.json"
     described.write_text(json.dumps(dict(progress), indent=1, sort_keys=True))
     files = {"state.safetensors": weights, "state.json": described}
-    files |= {f"adapter/{path.name}": path for path in sorted(adapter.iterdir())}
+    found = sorted(path for path in adapter.rglob("*") if path.is_file())
+    files |= {f"adapter/{path.relative_to(adapter).as_posix()}": path for path in found}
     store.delete(f"{key}/manifest.json")  # a step that is written again is not there while it is
     listed = []
     for name, path in files.items():

@@ -1,10 +1,10 @@
 """The gate: a clean process that loads an adapter as a user will, and checks it.
 
-It uses plain `transformers` and `peft` for all that it loads: nothing that the trainer patched is in this
-process. Shape suffixes: B rows, T tokens, V vocabulary.
+It uses plain `transformers` and `peft`, and our tuners where the artifact is of a type of ours: nothing that
+the trainer patched is in this process. Shape suffixes: B rows, T tokens, V vocabulary.
 
-The probe is a directory written by the trainer: `probe.safetensors` (tokens_BT, mask_BT, and the logits_BTV
-of the live model), `rows.jsonl` (rows of the training file) and `rows.safetensors` (what they were tokenised
+The probe is a directory written by the trainer: `probe.safetensors` (`input.<name>`: what the forward pass got;
+`output.<name>`: what the live model answered), `rows.jsonl` (rows of the training file) and `rows.safetensors` (what they were tokenised
 to).
 """
 
@@ -16,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_service.adapter import WEIGHTS, Check
+from peft_service import artifact
+from peft_service.adapter import Check
 from peft_service.errors import GateFailed
+from peft_service.methods import Case
 from peft_service.spec import DataFile, FineTuneSpec
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ def write_probe(
         tokenised.target_mask[:end].copy(),
         tokenised.offsets[: count + 1].copy(),
         np.arange(1, count + 1, dtype=np.int64),
+        row_values=None if tokenised.row_values is None else tokenised.row_values[:count].copy(),
+        token_values=None if tokenised.token_values is None else tokenised.token_values[:end].copy(),
+        row_tasks=None if tokenised.row_tasks is None else tokenised.row_tasks[:count].copy(),
+        class_tasks=tokenised.class_tasks,
     ).save(directory / "rows.safetensors")
 
 
@@ -90,9 +96,10 @@ def prove(
     base: Path,
     probe: Path,
     spec: FineTuneSpec,
+    case: Case,
     *,
     precision: str,
-    trainable: int,
+    stored: int | None,
     process: "subprocess.Popen[str] | None" = None,
 ) -> tuple[Check, ...]:
     """Run the gate on staged files in a process of its own; `process` is one that `ahead` started.
@@ -111,7 +118,8 @@ def prove(
         "format": spec.data.training.format,
         "max_seq_len": spec.training.max_seq_len,
         "too_long": spec.data.too_long,
-        "trainable": trainable,
+        "stored": stored,
+        "case": case.model_dump(mode="json"),
     }
     if process is None or process.poll() is not None:
         process = ahead()
@@ -139,6 +147,8 @@ def main() -> int:
     import peft  # noqa: F401
     import transformers
 
+    import peft_service.tuners  # noqa: F401
+
     assert transformers.AutoModelForCausalLM, "transformers loads its parts when they are named"
     line = sys.stdin.readline()
     if line.strip():
@@ -157,25 +167,68 @@ def checks_of(
     format: str,
     max_seq_len: int,
     too_long: Any,
-    trainable: int,
+    stored: int | None,
+    case: dict[str, Any],
 ) -> list[Check]:
     """All checks, in order; one that cannot be made counts as failed and says why."""
-    from safetensors.torch import load_file
-
-    weights = load_file(Path(adapter, WEIGHTS))
+    known = Case.model_validate(case)
+    weights = weights_of(Path(adapter))
     checks = [_check("finite", lambda: finite(weights)), _check("nonzero", lambda: nonzero(weights))]
     if all(check.passed for check in checks):
-        model = load(Path(adapter), Path(base), precision, quantize)
-        checks.append(_check("shapes_and_count", lambda: shapes_and_count(model, weights, trainable)))
+        loaded: list[Any] = []
+
+        def shapes() -> str:
+            model = load_base(Path(base), known, precision, quantize)
+            before = answers(model, Path(probe))
+            if artifact.is_model(Path(adapter)):
+                model = load_base(Path(adapter), known, precision, None)
+            else:
+                model = artifact.load(model, Path(adapter))
+            loaded.extend([before, model])
+            return shapes_and_count(model, weights, stored)
+
+        checks.append(_check("shapes_and_count", shapes))
         tolerance = TOLERANCE[precision, quantize is not None]
-        checks.append(_check("logits_equal", lambda: logits_equal(model, Path(probe), tolerance)))
+        checks.append(_check("logits_equal", lambda: logits_equal(loaded, Path(probe), tolerance)))
     checks.append(
         _check(
             "template_round_trip",
-            lambda: template_round_trip(Path(adapter), Path(probe), format, max_seq_len, too_long),
+            lambda: template_round_trip(Path(adapter), Path(probe), format, max_seq_len, too_long, known),
         )
     )
     return checks
+
+
+def weights_of(directory: Path) -> "dict[str, Tensor]":
+    """Every tensor of an artifact, by file and name."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    for path in sorted(directory.rglob("*.safetensors")):
+        prefix = path.relative_to(directory).as_posix()
+        found |= {f"{prefix}:{name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
+def shortened(inputs: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """At most PROBE_TOKENS tokens of every row: the last ones where rows are padded on the left."""
+    mask = inputs["attention_mask"]
+    left = bool((mask[:, 0] == 0).any())
+    width = mask.shape[1]
+
+    def cut(name: str, tensor: Any) -> Any:
+        whole = tensor.ndim != 2 or (tensor.shape[1] != width and name != "decoder_input_ids")
+        if whole or tensor.shape[1] <= PROBE_TOKENS:
+            return tensor
+        return tensor[:, -PROBE_TOKENS:] if left else tensor[:, :PROBE_TOKENS]
+
+    return {name: cut(name, tensor) for name, tensor in inputs.items()}
+
+
+def outputs_of(answer: Any) -> "dict[str, Tensor]":
+    """The tensors of an answer that a user reads."""
+    names = ("logits", "start_logits", "end_logits")
+    return {name: answer[name] for name in names if answer.get(name) is not None}
 
 
 class _Failed(Exception):
@@ -213,11 +266,10 @@ def nonzero(weights: "dict[str, Tensor]") -> str:
     return f"{len(weights) - len(dead)} of {len(weights)} tensors are not zero"
 
 
-def load(adapter: Path, base: Path, precision: str, quantize: str | None) -> Any:
-    """Base and adapter as the README of the adapter says."""
+def load_base(base: Path, case: Case, precision: str, quantize: str | None) -> Any:
+    """Base and head as the README of the adapter says."""
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoTokenizer, BitsAndBytesConfig
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     options: dict[str, Any] = {}
@@ -230,7 +282,7 @@ def load(adapter: Path, base: Path, precision: str, quantize: str | None) -> Any
         )
     if torch.cuda.is_available():
         options["device_map"] = {"": 0}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, **options)
+    model = artifact.load_base(base, case.task, case.labels, dtype=dtype, **options)
     if quantize and not torch.cuda.is_available():
         import bitsandbytes
 
@@ -238,65 +290,112 @@ def load(adapter: Path, base: Path, precision: str, quantize: str | None) -> Any
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 # As in base_model.load: this CPU path repacks weights in place and then misreads them.
                 module.support_avx512bf16_for_cpu = False
-    return PeftModel.from_pretrained(model, adapter).eval()
+    if model.config.pad_token_id is None:
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        pad = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    return model.eval()
 
 
-def shapes_and_count(model: Any, weights: "dict[str, Tensor]", trainable: int) -> str:
-    from peft import get_peft_model_state_dict
+def answers(model: Any, probe: Path) -> "dict[str, Tensor]":
+    """What a model says to the probe's inputs, as far as it takes them; float32 on the CPU."""
+    import inspect
 
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, surplus = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    if missing or surplus:
-        raise _Failed(
-            f"PEFT wants {missing[:3]} which the file lacks, the file has {surplus[:3]} which PEFT ignores"
-        )
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            raise _Failed(
-                f"{name} is {list(tensor.shape)} in the file, PEFT wants {list(wanted[name].shape)}"
-            )
-    count = sum(tensor.numel() for tensor in weights.values())
-    if count != trainable:
-        raise _Failed(f"the file has {count} values, the method's formula says {trainable}")
-    return f"{len(weights)} tensors with {count} values, as the method's formula says"
-
-
-def logits_equal(model: Any, probe: Path, tolerance: float) -> str:
     import torch
     from safetensors.torch import load_file
 
     told = load_file(probe / "probe.safetensors")
     device = next(model.parameters()).device
-    inputs = {"input_ids": told["tokens_BT"].to(device), "attention_mask": told["mask_BT"].to(device)}
+    inputs = {
+        name.removeprefix("input."): tensor.to(device)
+        for name, tensor in told.items()
+        if name.startswith("input.")
+    }
+    taken = inspect.signature(model.forward).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        inputs = {name: tensor for name, tensor in inputs.items() if name in taken}
+    elif type(model).__module__.startswith("transformers."):
+        # A base on its own: what only a method understands is left out.
+        inputs = {name: tensor for name, tensor in inputs.items() if name in _PLAIN_INPUTS}
     with torch.no_grad():
-        logits_BTV = model(**inputs).logits.float().cpu()
-        with model.disable_adapter():
-            base_BTV = model(**inputs).logits.float().cpu()
-    real_BT = told["mask_BT"].bool()
-    expected, found, base = told["logits_BTV"][real_BT], logits_BTV[real_BT], base_BTV[real_BT]
-    scale = max(1.0, float(expected.abs().max()))
-    difference = float((found - expected).abs().max()) / scale
-    if not difference <= tolerance:
+        return {name: t.float().cpu() for name, t in outputs_of(model(**inputs)).items()}
+
+
+_PLAIN_INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
+
+
+def shapes_and_count(model: Any, weights: "dict[str, Tensor]", stored: int | None) -> str:
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+        # Of a composition, this is the outermost part; a file that it does not have is another part's.
+        files = {name.partition(":")[0] for name in weights}
+        if len(files) == 1:
+            found = {name.partition(":")[2]: tensor for name, tensor in weights.items()}
+            missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+            if missing or surplus:
+                raise _Failed(
+                    f"PEFT wants {missing[:3]} which the file lacks, the file has {surplus[:3]} which PEFT "
+                    "ignores"
+                )
+            for name, tensor in found.items():
+                if tensor.shape != wanted[name].shape:
+                    raise _Failed(
+                        f"{name} is {list(tensor.shape)} in the file, PEFT wants {list(wanted[name].shape)}"
+                    )
+    # Positions of a sparse delta say where its values go; they are no weights.
+    count = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith(".index"))
+    if stored is not None and count != stored:
+        raise _Failed(f"the file has {count} values, the method's formula says {stored}")
+    said = "as the method's formula says" if stored is not None else "as many as the training kept"
+    return f"{len(weights)} tensors with {count} values, {said}"
+
+
+def logits_equal(loaded: list[Any], probe: Path, tolerance: float) -> str:
+    """`loaded`: what the base said, and the model with the artifact."""
+    from safetensors.torch import load_file
+
+    if not loaded:
+        raise _Failed("it could not be loaded, see above")
+    before, model = loaded
+    told = load_file(probe / "probe.safetensors")
+    after = answers(model, probe)
+    real_BT = told["input.attention_mask"].bool()
+    worst = moved = 0.0
+    for name, found in after.items():
+        expected, base = told[f"output.{name}"], before[name]
+        if found.ndim >= 2 and found.shape[1] >= real_BT.shape[1] and "input.decoder_input_ids" not in told:
+            # By token: what a model says at padding is nobody's affair. Virtual tokens stand in front.
+            width = real_BT.shape[1]
+            expected, found = expected[:, -width:][real_BT], found[:, -width:][real_BT]
+            base = base[:, -width:][real_BT]
+        scale = max(1.0, float(expected.abs().max()))
+        worst = max(worst, float((found - expected).abs().max()) / scale)
+        moved = max(moved, float((found - base).abs().max()) / scale)
+    if not worst <= tolerance:
         raise _Failed(
-            f"the reloaded adapter's logits differ from the trainer's by {difference:.2e} of the largest, "
+            f"the reloaded adapter's logits differ from the trainer's by {worst:.2e} of the largest, "
             f"more than {tolerance:.0e}"
         )
-    moved = float((found - base).abs().max()) / scale
     if moved == 0:
         raise _Failed("with and without the adapter the logits are the same: it does nothing")
-    return f"at most {difference:.1e} of the largest from the trainer's, {moved:.1e} from the base's"
+    return f"at most {worst:.1e} of the largest from the trainer's, {moved:.1e} from the base's"
 
 
-def template_round_trip(adapter: Path, probe: Path, format: str, max_seq_len: int, too_long: Any) -> str:
+def template_round_trip(
+    adapter: Path, probe: Path, format: str, max_seq_len: int, too_long: Any, case: Case
+) -> str:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from peft_service.tokenise import Tokenised, tokenise
+    from peft_service.tokenise import Meaning, Tokenised, tokenise
 
     tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
-    found = tokenise(probe / "rows.jsonl", format, tokenizer, max_seq_len, too_long)
+    meaning = Meaning(case.task, case.labels, case.tasks)
+    found = tokenise(probe / "rows.jsonl", format, tokenizer, max_seq_len, too_long, meaning)
     expected = Tokenised.load(probe / "rows.safetensors")
-    for name in ("offsets", "input_ids", "target_mask"):
+    for name in ("offsets", "input_ids", "target_mask", "row_values", "token_values", "row_tasks"):
         if not np.array_equal(getattr(found, name), getattr(expected, name)):
             raise _Failed(
                 f"the saved tokenizer and template give other {name} for {expected.rows} training rows"

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from peft_service import adapter, base_model, checkpoint, gate
+from peft_service import adapter, artifact, base_model, checkpoint, gate, methods
 from peft_service.errors import GateFailed, InvalidRequest, PeftServiceError, RunFailed
 from peft_service.metrics import MetricsWriter
-from peft_service.spec import Base, DataFile, FineTuneSpec, Training
+from peft_service.methods import Case, Material
+from peft_service.spec import Base, DataFile, FineTuneSpec, Training, case_of
 from peft_service.store import Store
 from peft_service.variants import Frozen
 
@@ -25,13 +26,16 @@ if TYPE_CHECKING:
     import subprocess
 
     import torch
-    from torch import nn
 
+    from peft_service.attached import Attached
+    from peft_service.batches import Batch
     from peft_service.tokenise import Tokenised
     from peft_service.train import Engine, Progress
 
 log = logging.getLogger(__name__)
 
+METHOD_STATE = "method."
+"""In front of the names of a method's own state, in a checkpoint."""
 CACHE = Path("~/.cache/peft-service/bases")
 """Where bases from s3:// and hf:// are kept between runs, on every machine."""
 
@@ -100,13 +104,16 @@ def prepare(run: RunInput, store: Store, workdir: Path) -> Prepared:
     directory = base_model.fetch(spec.base, CACHE.expanduser())
     _is_registered(spec.base, directory)
     shape = base_model.shape_of_directory(directory, spec.base.uri)
-    spec.method.check(shape, spec.base.quantize)
+    case = case_of(spec, shape)
+    methods.admit(spec.method, shape, case)
     tokenizer = base_model.load_tokenizer(directory)
-    key, data = _tokenised(run, spec.data.training, tokenizer, store, workdir, "training_file", shape.vocab)
+    key, data = _tokenised(
+        run, spec.data.training, tokenizer, store, workdir, "training_file", shape.vocab, case
+    )
     validation_key = None
     if spec.data.validation is not None:
         validation_key, _ = _tokenised(
-            run, spec.data.validation, tokenizer, store, workdir, "validation_file", shape.vocab
+            run, spec.data.validation, tokenizer, store, workdir, "validation_file", shape.vocab, case
         )
     for kind in ("dropped", "truncated"):
         told = data.statistics.get(kind, {"count": 0})
@@ -132,7 +139,7 @@ def work(
     prepared: Prepared,
     store: Store,
     workdir: Path,
-    build_engine: "Callable[[nn.Module, Training], Engine]",
+    build_engine: "Callable[[Attached, Training], Engine]",
     *,
     rank: int,
     world: int,
@@ -157,20 +164,35 @@ def work(
     directory = Path(prepared.base_directory)
     if not (directory / "config.json").exists():
         directory = base_model.fetch(spec.base, CACHE.expanduser())
-    model = base_model.load(directory, precision=precision, quantize=spec.base.quantize, device=device)
-    model = spec.method.attach(model, spec.seed)
-    model.to(device)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()  # the checkpointed blocks begin frozen
-    engine = build_engine(model, spec.training)
+    case = case_of(spec, base_model.shape_of_directory(directory, spec.base.uri), prepared.rows)
+    model: Any = base_model.load(
+        directory,
+        precision=precision,
+        quantize=spec.base.quantize,
+        device=device,
+        task=case.task,
+        labels=case.labels,
+        seed=spec.seed,
+    )
     tokenizer = base_model.load_tokenizer(directory)
     data = _downloaded(store, prepared.data_key, workdir / f"data-{rank}", Tokenised)
     validation = None
     if prepared.validation_key:
         validation = _downloaded(store, prepared.validation_key, workdir / f"validation-{rank}", Tokenised)
+    pad_id = int(
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    )
+    model.config.pad_token_id = pad_id
+    collate = collate_of(case, model)
+    material = _material(run, store, workdir, tokenizer, data, pad_id, collate, device, rank)
+    attached = spec.method.attach(model, case, material)
+    whole: Any = attached.model.to(device)
+    if gradient_checkpointing:
+        whole.gradient_checkpointing_enable({"use_reentrant": False})
+        whole.enable_input_require_grads()  # the checkpointed blocks begin frozen
+    engine = build_engine(attached, spec.training)
 
-    start = _resume(run, store, workdir, engine, rank)
+    start = _resume(run, store, workdir, engine, attached, rank)
     if metrics:
         if start.step:
             metrics.message(f"Resuming from the checkpoint of step {start.step}.")
@@ -178,10 +200,14 @@ def work(
 
     def save(progress: Progress) -> None:
         state, trainable = engine.state(), engine.trainable()
+        state |= {f"{METHOD_STATE}{name}": tensor for name, tensor in attached.state().items()}
+        staged = workdir / f"checkpoint-{progress.step}"
+        with engine.gathered():
+            if metrics is not None:
+                staged.mkdir(parents=True, exist_ok=True)
+                attached.save(trainable, staged, (spec.base.id, spec.base.revision))
         if metrics is None:
             return
-        staged = workdir / f"checkpoint-{progress.step}"
-        checkpoint.write_adapter(model, trainable, spec.base, staged)
         told = {
             "step": progress.step,
             "trained_tokens": progress.trained_tokens,
@@ -195,9 +221,6 @@ def work(
         metrics.write({"type": "checkpoint", "step": progress.step, "key": key, "metrics": told["metrics"]})
         metrics.flush()
 
-    pad_id = int(
-        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    )
     fitted = fit(
         engine,
         spec.objective,
@@ -211,6 +234,9 @@ def work(
         log=metrics.write if metrics else _nothing,
         save=save,
         stop_requested=lambda: store.info(f"{run.prefix}/stop") is not None,
+        attached=attached,
+        collate=collate,
+        task_temperature=spec.data.task_temperature,
     )
     done = fitted.progress
     result = WorkResult(
@@ -222,7 +248,7 @@ def work(
     if fitted.finished:
         if metrics:
             metrics.phase("exporting")
-        _stage(run, store, workdir, engine, model, tokenizer, data, pad_id)
+        _stage(run, store, workdir, engine, attached, case, tokenizer, data, pad_id, collate)
     if metrics:
         metrics.flush()
     return result
@@ -260,20 +286,28 @@ def conclude(
     training_file = workdir / "training.jsonl"
     store.download(spec.data.training.key, training_file)
     data = _downloaded(store, prepared.data_key, workdir / "data-of-the-gate", Tokenised)
+    base = Path(prepared.base_directory)
+    shape = base_model.shape_of_directory(base, spec.base.uri)
+    case = case_of(spec, shape, prepared.rows)
     probe = workdir / "probe"
     tensors = load_file(logits)
     gate.write_probe(probe, tensors, training_file, spec.data.training, data)
-    base = Path(prepared.base_directory)
-    trainable = spec.method.trainable(base_model.shape_of_directory(base, spec.base.uri))
     precision = json.loads(store.get(f"{run.prefix}/staged.json"))["precision"]
     checks = gate.prove(
-        staged, base, probe, spec, precision=precision, trainable=trainable, process=gate_process
+        staged,
+        base,
+        probe,
+        spec,
+        case,
+        precision=precision,
+        stored=methods.stored(spec.method, shape, case),
+        process=gate_process,
     )
     proof = adapter.Proof(
         checks=checks,
         files=adapter.files_of(staged),
         software=adapter.software(),
-        trainable_parameters=trainable,
+        trainable_parameters=methods.trainable(spec.method, shape, case),
     )
     store.put(f"{run.prefix}/adapter.json", proof.model_dump_json(indent=1).encode())
     bad = [check for check in checks if not check.passed]
@@ -344,13 +378,21 @@ def _is_registered(base: Base, directory: Path) -> None:
 
 
 def _tokenised(
-    run: RunInput, file: DataFile, tokenizer: Any, store: Store, workdir: Path, param: str, vocab: int
+    run: RunInput,
+    file: DataFile,
+    tokenizer: Any,
+    store: Store,
+    workdir: Path,
+    param: str,
+    vocab: int,
+    case: Case,
 ) -> "tuple[str, Tokenised]":
     """(key, rows) of a data file as tokens, made once a job."""
-    from peft_service.tokenise import Tokenised, digest_of, tokenise
+    from peft_service.tokenise import Meaning, Tokenised, digest_of, tokenise
 
     training, too_long = run.spec.training, run.spec.data.too_long
-    digest = digest_of(file.sha256, tokenizer, file.format, training.max_seq_len, too_long)
+    meaning = Meaning(case.task, case.labels, case.tasks)
+    digest = digest_of(file.sha256, tokenizer, file.format, training.max_seq_len, too_long, meaning)
     key = f"{run.project}/runs/{run.job}/data-{digest}.safetensors"
     local = workdir / f"{param}.safetensors"
     if store.info(key) is not None:
@@ -358,7 +400,7 @@ def _tokenised(
         return key, Tokenised.load(local)
     raw = workdir / f"{param}.jsonl"
     store.download(file.key, raw)
-    data = tokenise(raw, file.format, tokenizer, training.max_seq_len, too_long, param=param)
+    data = tokenise(raw, file.format, tokenizer, training.max_seq_len, too_long, meaning, param=param)
     raw.unlink()
     if data.statistics["max_token_id"] >= vocab:
         raise RunFailed(
@@ -379,7 +421,75 @@ def _downloaded(store: Store, key: str, path: Path, kind: "type[Tokenised]") -> 
     return kind.load(path)
 
 
-def _resume(run: RunInput, store: Store, workdir: Path, engine: "Engine", rank: int) -> "Progress":
+def collate_of(case: Case, model: Any) -> dict[str, Any]:
+    """How rows of this case are put together for this model: the further arguments of `batches.microbatches`."""
+    start = model.config.decoder_start_token_id if case.task == "seq2seq_lm" else 0
+    decoder = not model.config.is_encoder_decoder and case.task == "sequence_classification"
+    return {
+        "task": case.task,
+        "start_id": int(start or 0),
+        "classes": len(case.labels),
+        # A decoder classifies by its last token; with virtual tokens in front it is found by place alone.
+        "pad_left": decoder and hasattr(model, "score"),
+    }
+
+
+def _material(
+    run: RunInput,
+    store: Store,
+    workdir: Path,
+    tokenizer: Any,
+    data: "Tokenised",
+    pad_id: int,
+    collate: dict[str, Any],
+    device: Any,
+    rank: int,
+) -> Material:
+    """What the method may read: adapters it starts from, and rows."""
+    from peft_service import batches
+
+    spec = run.spec
+    sources = []
+    for number, source in enumerate(spec.sources):
+        directory = workdir / f"source-{rank}-{number}"
+        manifest = adapter.verify(store, source.key)
+        for file in manifest["files"]:
+            (directory / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+            store.download(f"{source.key}/{file['path']}", directory / file["path"])
+        sources.append(directory)
+
+    def sample(count: int) -> "list[Batch]":
+        rows = batches.order(data.rows, 0, spec.seed)[:count].tolist()
+        return batches.microbatches(data, rows, 0, 1, 1, pad_id, device, **collate)
+
+    def decided(name: str, compute: "Callable[[], Any]") -> Any:
+        key = f"{run.project}/runs/{run.job}/decided-{name}.json"
+        if store.info(key) is None:
+            value = json.dumps(compute()).encode()
+            if rank == 0:
+                store.put(key, value)
+            _wait_for_rank_0()
+        return json.loads(store.get(key))
+
+    return Material(
+        sources=tuple(sources),
+        tokenizer=tokenizer,
+        sample=sample,
+        objective=spec.objective,
+        decided=decided,
+    )
+
+
+def _wait_for_rank_0() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _resume(
+    run: RunInput, store: Store, workdir: Path, engine: "Engine", attached: "Attached", rank: int
+) -> "Progress":
     """Load the newest whole checkpoint into the engine; rank 0 chooses, since the store may change
     meanwhile."""
     import torch
@@ -401,7 +511,10 @@ def _resume(run: RunInput, store: Store, workdir: Path, engine: "Engine", rank: 
         )
     folder = workdir / f"resume-{rank}"
     folder.mkdir(parents=True, exist_ok=True)
-    engine.load_state(checkpoint.load(store, found, folder))
+    state = checkpoint.load(store, found, folder)
+    mine = {name: state.pop(name) for name in list(state) if name.startswith(METHOD_STATE)}
+    attached.load_state({name.removeprefix(METHOD_STATE): tensor for name, tensor in mine.items()})
+    engine.load_state(state)
     return Progress(step, int(found.progress["trained_tokens"]), dict(found.progress["metrics"]))
 
 
@@ -410,32 +523,40 @@ def _stage(
     store: Store,
     workdir: Path,
     engine: "Engine",
-    model: Any,
+    attached: "Attached",
+    case: Case,
     tokenizer: Any,
     data: "Tokenised",
     pad_id: int,
+    collate: dict[str, Any],
 ) -> None:
-    """Put the adapter, and what the live model says about a few rows, under the run. Collective."""
+    """Put the artifact, and what the live model says about a few rows, under the run. Collective."""
     import torch
     from safetensors.torch import save_file
 
     from peft_service import batches
 
     rows = list(range(min(gate.PROBE_ROWS, data.rows)))
-    (batch,) = batches.microbatches(data, rows, 0, 1, gate.PROBE_ROWS, pad_id, engine.device)
-    tokens_BT, mask_BT = batch.tokens_BT[:, : gate.PROBE_TOKENS], batch.mask_BT[:, : gate.PROBE_TOKENS]
+    (batch,) = batches.microbatches(data, rows, 0, 1, gate.PROBE_ROWS, pad_id, engine.device, **collate)
+    batch.extra = attached.inputs(batch)
+    inputs = gate.shortened(batch.inputs)
     engine.model.eval()
     with torch.no_grad():  # on every rank: under ZeRO-3 a forward pass is a collective
-        logits_BTV = engine.model(input_ids=tokens_BT, attention_mask=mask_BT).logits
+        outputs = gate.outputs_of(engine.model(**inputs))
     trainable = engine.trainable()
+    directory = workdir / "adapter"
+    with engine.gathered():
+        if engine.rank == 0:
+            adapter.stage(attached, trainable, tokenizer, directory, run.spec.base)
     if engine.rank != 0:
         return
-    probe = {"tokens_BT": tokens_BT, "mask_BT": mask_BT, "logits_BTV": logits_BTV.float()}
+    artifact.write_task(directory, case.task, case.labels)
+    first = next(iter(outputs.values()))
+    probe = {f"input.{name}": tensor for name, tensor in inputs.items()}
+    probe |= {f"output.{name}": tensor.float() for name, tensor in outputs.items()}
     save_file({name: t.cpu().contiguous() for name, t in probe.items()}, workdir / "probe.safetensors")
     store.put_file(f"{run.prefix}/probe.safetensors", workdir / "probe.safetensors")
-    precision = "bf16" if logits_BTV.dtype == torch.bfloat16 else "fp32"
+    precision = "bf16" if first.dtype == torch.bfloat16 else "fp32"
     store.put(f"{run.prefix}/staged.json", json.dumps({"precision": precision}).encode())
-    directory = workdir / "adapter"
-    adapter.stage(model, trainable, tokenizer, directory)
     for file in adapter.files_of(directory):
         store.put_file(f"{run.prefix}/adapter/{file.path}", directory / file.path)

@@ -4,14 +4,18 @@ The same spec gives the same adapter, up to rounding, on one worker or many: so 
 batch and never a microbatch per GPU as its meaning. What the cluster makes of it is `cluster.plan.Plan`.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from peft_service.methods import AnyMethod
+from peft_service.methods import AnyMethod, Case
 from peft_service.objectives import AnyObjective
 from peft_service.objectives.sft import SFT
+from peft_service.tasks import Architecture
 from peft_service.variants import Frozen
+
+if TYPE_CHECKING:
+    from peft_service.base_model import ModelShape
 
 NAME_PATTERN = r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$"
 """Names become path segments: no slash, no colon, no leading dot, at most 64 characters."""
@@ -27,6 +31,7 @@ class Base(Frozen):
     revision: str | None = None
     digest: str | None = None
     """sha256 over the names and sizes and contents that identify the weights (see `base_model.digest_of`)."""
+    architecture: Architecture = "decoder"
     quantize: Literal["nf4"] | None = None
     """Hold the frozen weights in 4 bits (NF4, double quantisation). This makes LoRA a QLoRA."""
 
@@ -41,6 +46,22 @@ class DataFile(Frozen):
     rows: int = Field(ge=1)
     format: str
     """`kind` of the Format that was detected."""
+    labels: tuple[str, ...] = ()
+    """Of classification rows or tags, sorted; the label at position i has the number i."""
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks in a multi-task file, sorted."""
+
+
+class Source(Frozen):
+    """A published adapter that a method starts from."""
+
+    reference: str
+    """As the request named it: `name@version`, or an adapter's id."""
+    id: str
+    key: str
+    """Prefix in the store."""
+    digest: str
+    method: str
 
 
 class Data(Frozen):
@@ -48,6 +69,9 @@ class Data(Frozen):
     validation: DataFile | None = None
     too_long: Literal["error", "drop", "right", "left"] = "error"
     """What happens to a row longer than `training.max_seq_len`. Never silent: counted and listed."""
+    task_temperature: float | None = Field(None, gt=0, le=100)
+    """Of a multi-task file, draw rows so that a task of n rows has a share of n^(1/T): 1 is by size, large is
+    equal. None: every row once an epoch."""
 
 
 class Training(Frozen):
@@ -115,6 +139,26 @@ class FineTuneSpec(Frozen):
     method: AnyMethod
     objective: AnyObjective = SFT()
     data: Data
+    sources: tuple[Source, ...] = ()
+    """The adapters that the method's own `sources` name, in that order."""
     training: Training
     resources: Resources = Resources()
     seed: int = Field(0, ge=0, le=2**31 - 1)
+
+
+def case_of(spec: FineTuneSpec, shape: "ModelShape", rows: int | None = None) -> Case:
+    """What the method is attached for; `rows` are those that are left of the training file."""
+    from peft_service.batches import steps_of
+
+    training = spec.data.training
+    return Case(
+        task=spec.objective.task(shape.architecture),
+        labels=training.labels,
+        tasks=training.tasks,
+        quantize=spec.base.quantize,
+        steps=steps_of(training.rows if rows is None else rows, spec.training),
+        seed=spec.seed,
+        weight_decay=spec.training.weight_decay,
+        gradient_checkpointing=spec.training.gradient_checkpointing is True,
+        max_seq_len=spec.training.max_seq_len,
+    )

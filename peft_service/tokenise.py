@@ -24,7 +24,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -34,14 +34,21 @@ from numpy.typing import NDArray
 
 from peft_service.errors import InvalidRequest, InvalidTrainingFile
 from peft_service.formats import Example, Format, Problem, clean, format_of, shown
+from peft_service.tasks import Task
 from peft_service.validate import CHUNK_BYTES, Line, lines_of, listed, parse_line
 
-VERSION = 1
+VERSION = 2
 """Of the meaning of the result: part of its digest, so that no cached file outlives a change here."""
 TooLong = Literal["error", "drop", "right", "left"]
 LISTED = 100
 BATCH_CHARACTERS = 1_000_000
 """Encoded at once: enough for the tokenizer's threads, small beside the memory of a worker."""
+
+
+_ARRAYS = (
+    *("input_ids", "target_mask", "offsets", "lines"),
+    *("row_values", "token_values", "row_tasks", "class_tasks"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,14 @@ class Tokenised:
     """(rows + 1,)"""
     lines: NDArray[np.int64]
     """(rows,) the line of the file, from 1, that each row comes from."""
+    row_values: NDArray[np.int32] | None = None
+    """(rows, 1) the class of a row; (rows, 2) the first and last token of an answer."""
+    token_values: NDArray[np.int32] | None = None
+    """As long as `input_ids`: the tag of a token, -100 where it has none."""
+    row_tasks: NDArray[np.int32] | None = None
+    """(rows,) the number of the row's task, in multi-task data."""
+    class_tasks: NDArray[np.int32] | None = None
+    """(classes,) the number of the task that a class belongs to, in multi-task classification."""
     statistics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,11 +85,22 @@ class Tokenised:
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return self.input_ids[part], self.target_mask[part]
 
+    def row_labels(self, index: int) -> NDArray[np.int32]:
+        """The class of a row, or the two ends of its answer."""
+        assert self.row_values is not None
+        values: NDArray[np.int32] = self.row_values[index]
+        return values
+
+    def token_labels(self, index: int) -> NDArray[np.int32]:
+        """The tags of a row's tokens."""
+        assert self.token_values is not None
+        return self.token_values[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
     def save(self, path: Path) -> None:
         """Write one safetensors file; the statistics are in its metadata."""
         from safetensors.numpy import save_file
 
-        arrays = {name: getattr(self, name) for name in ("input_ids", "target_mask", "offsets", "lines")}
+        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         save_file(arrays, path, metadata={"version": str(VERSION), "statistics": json.dumps(self.statistics)})
 
     @classmethod
@@ -82,13 +108,18 @@ class Tokenised:
         from safetensors import safe_open
 
         with safe_open(path, framework="numpy") as file:
-            arrays = {
-                name: file.get_tensor(name) for name in ("input_ids", "target_mask", "offsets", "lines")
-            }
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             return cls(**arrays, statistics=json.loads(file.metadata()["statistics"]))
 
 
-def digest_of(sha256: str, tokenizer: Any, format: str, max_seq_len: int, too_long: TooLong) -> str:
+def digest_of(
+    sha256: str,
+    tokenizer: Any,
+    format: str,
+    max_seq_len: int,
+    too_long: TooLong,
+    meaning: "Meaning | None" = None,
+) -> str:
     """64 hex digits that name the result of `tokenise`: the key of its cache in the store."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # What the last call set in passing; not a property of the tokenizer.
@@ -103,6 +134,7 @@ def digest_of(sha256: str, tokenizer: Any, format: str, max_seq_len: int, too_lo
         "format": format,
         "max_seq_len": max_seq_len,
         "too_long": too_long,
+        "meaning": asdict(meaning or Meaning()),
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
@@ -113,6 +145,7 @@ def tokenise(
     tokenizer: Any,
     max_seq_len: int,
     too_long: TooLong = "error",
+    meaning: "Meaning | None" = None,
     *,
     param: str = "training_file",
 ) -> Tokenised:
@@ -138,15 +171,41 @@ def tokenise(
     ids: list[NDArray[np.int32]] = []
     masks: list[NDArray[np.uint8]] = []
     lines: list[int] = []
-    for batch in _batches(_rendered(path, shape, template, report)):
-        for line, (row_ids, row_mask) in zip(
-            (text.line for text in batch), _encode(tokenizer, batch, report), strict=True
-        ):
-            fitted = _fit(row_ids, row_mask, line, report)
-            if fitted is not None:
-                ids.append(fitted[0])
-                masks.append(fitted[1])
-                lines.append(line.number)
+    row_values: list[tuple[int, ...]] = []
+    token_values: list[NDArray[np.int32]] = []
+    tasks: list[int] = []
+    meaning = meaning or Meaning()
+    if meaning.task == "causal_lm":
+        for batch in _batches(_rendered(path, shape, template, report)):
+            for text, (row_ids, row_mask) in zip(batch, _encode(tokenizer, batch, report), strict=True):
+                fitted = _fit(row_ids, row_mask, text.line, report)
+                if fitted is not None:
+                    ids.append(fitted[0])
+                    masks.append(fitted[1])
+                    lines.append(text.line.number)
+                    if meaning.tasks:
+                        tasks.append(_number(text.task, meaning.tasks, "task"))
+    else:
+        labelled = Labelled(tokenizer, meaning.task, meaning.labels, max_seq_len)
+        for line, example in _examples(path, shape, report):
+            try:
+                asked = template.asked(line, example, report) if meaning.task == "seq2seq_lm" else None
+                row = labelled.row(example, asked)
+                number = _number(example.task, meaning.tasks, "task") if meaning.tasks else None
+            except _Bad as bad:
+                report.bad(line, bad.problem)
+                continue
+            fitted_row = _fit_labelled(row, line, report)
+            if fitted_row is None:
+                continue
+            ids.append(fitted_row.ids)
+            masks.append(fitted_row.mask)
+            lines.append(line.number)
+            row_values.append(fitted_row.values)
+            if fitted_row.tags is not None:
+                token_values.append(fitted_row.tags)
+            if number is not None:
+                tasks.append(number)
     if report.problem_count:
         raise listed(report.problems, report.problem_count, param)
     if not ids:
@@ -164,6 +223,10 @@ def tokenise(
         target_mask=np.concatenate(masks),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         lines=np.array(lines, dtype=np.int64),
+        row_values=np.array(row_values, dtype=np.int32) if any(row_values) else None,
+        token_values=np.concatenate(token_values) if token_values else None,
+        row_tasks=np.array(tasks, dtype=np.int32) if tasks else None,
+        class_tasks=_class_tasks(meaning) if tasks and meaning.labels else None,
     )
     p50, p95 = np.quantile(lengths, [0.5, 0.95], method="lower")
     return replace(
@@ -177,6 +240,39 @@ def tokenise(
             "targets_found_by": report.found_by,
             **report.statistics(),
         },
+    )
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the rows are read for."""
+
+    task: Task = "causal_lm"
+    labels: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+
+def _number(name: str | None, known: tuple[str, ...], what: str) -> int:
+    """
+    Raises:
+        _Bad: a validation row has a name that no training row has.
+    """
+    try:
+        return known.index(name or "")
+    except ValueError:
+        message = f"The {what} {shown(name)} is in no row of the training file." if name else f"No {what}."
+        raise _Bad(f"unknown_{what}", message, f"known are {', '.join(known[:20])}", what) from None
+
+
+def _class_tasks(meaning: Meaning) -> NDArray[np.int32]:
+    """The task of each class: labels of multi-task rows are `task/label`."""
+    by_length = sorted(meaning.tasks, key=len, reverse=True)
+    return np.array(
+        [
+            next((meaning.tasks.index(task) for task in by_length if label.startswith(f"{task}/")), -1)
+            for label in meaning.labels
+        ],
+        dtype=np.int32,
     )
 
 
@@ -237,10 +333,11 @@ class _Text:
     plain: bool
     """Plain text: the tokenizer's own special tokens are added. Otherwise the template wrote them."""
     append_eos: bool
+    task: str | None = None
 
 
-def _rendered(path: Path, shape: Format, template: "_Template", report: _Report) -> Iterator[_Text]:
-    """Every row of the file as text; rows that cannot be rendered go to the report."""
+def _examples(path: Path, shape: Format, report: _Report) -> Iterator[tuple[Line, Example]]:
+    """Every good row of the file; the others go to the report."""
     with path.open("rb") as file:
         for line in lines_of(iter(lambda: file.read(CHUNK_BYTES), b"")):
             if line.raw is not None and not line.raw.strip():
@@ -253,10 +350,16 @@ def _rendered(path: Path, shape: Format, template: "_Template", report: _Report)
                 for problem in problems:
                     report.bad(line, problem)
                 continue
-            try:
-                yield template.render(line, shape.messages_or_text(row), report)
-            except _Bad as bad:
-                report.bad(line, bad.problem)
+            yield line, shape.messages_or_text(row)
+
+
+def _rendered(path: Path, shape: Format, template: "_Template", report: _Report) -> Iterator[_Text]:
+    """Every row of the file as text; rows that cannot be rendered go to the report."""
+    for line, example in _examples(path, shape, report):
+        try:
+            yield replace(template.render(line, example, report), task=example.task)
+        except _Bad as bad:
+            report.bad(line, bad.problem)
 
 
 def _batches(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
@@ -341,6 +444,93 @@ def _fit(
     return ids, mask
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A labelled row in tokens."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    values: tuple[int, ...] = ()
+    tags: NDArray[np.int32] | None = None
+    cuttable: bool = True
+    """Whether a row that is too long can lose its end or its beginning."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Tokens of rows for every task but writing on: with the special tokens that the tokenizer puts there.
+
+    A word's tag stands at its first token; an answer at its first and last token, or at the row's first token
+    if there is none. Of an encoder-decoder's row, source and answer are tokenised apart, each as the model
+    gets it.
+    """
+
+    tokenizer: Any
+    task: Task
+    labels: tuple[str, ...]
+    max_seq_len: int
+
+    def row(self, example: Example, asked: tuple[str, str] | None) -> _Row:
+        """Raises _Bad where an answer or a label cannot be expressed."""
+        if asked is not None:
+            source = self.tokenizer(asked[0], return_attention_mask=False)["input_ids"]
+            answer = self.tokenizer(text_target=asked[1], return_attention_mask=False)["input_ids"]
+            if self.tokenizer.eos_token_id is not None and answer[-1:] != [self.tokenizer.eos_token_id]:
+                answer = [*answer, self.tokenizer.eos_token_id]
+            mask = np.array([0] * len(source) + [1] * len(answer), dtype=np.uint8)
+            return _Row(np.array([*source, *answer], dtype=np.int32), mask, cuttable=False)
+        if self.task == "token_classification":
+            found = self.tokenizer(list(example.words), is_split_into_words=True)
+            words = found.word_ids()
+            tags = np.full(len(words), -100, dtype=np.int32)
+            for place, word in enumerate(words):
+                if word is not None and (place == 0 or words[place - 1] != word):
+                    tags[place] = _number(example.tags[word], self.labels, "label")
+            return _Row(_ids(found), (tags != -100).astype(np.uint8), tags=tags)
+        found = self.tokenizer(example.prompt, example.pair)
+        ids = _ids(found)
+        mask = np.zeros(len(ids), dtype=np.uint8)
+        if self.task == "question_answering":
+            assert example.answer is not None
+            start, end = example.answer
+            first = last = 0
+            if end > start:
+                first, last = (found.char_to_token(at, sequence_index=1) for at in (start, end - 1))
+                if first is None or last is None:
+                    raise _Bad("answer_not_found", "The answer begins or ends in blanks.", "", "answers")
+            mask[[first, last]] = 1
+            return _Row(ids, mask, values=(first, last), cuttable=False)
+        mask[-1:] = 1
+        return _Row(ids, mask, values=(_number(example.label, self.labels, "label"),))
+
+
+def _ids(encoded: Any) -> NDArray[np.int32]:
+    return np.array(encoded["input_ids"], dtype=np.int32)
+
+
+def _fit_labelled(row: _Row, line: Line, report: _Report) -> _Row | None:
+    """The row cut to length as asked, or None if it is dropped or wrong."""
+    most, length = report.max_seq_len, len(row.ids)
+    if length <= most:
+        return row
+    if report.too_long == "drop":
+        report.note("dropped", line)
+        report.lost_tokens += length
+        return None
+    if report.too_long == "error" or not row.cuttable:
+        hint = "raise max_seq_len, shorten the row, or set too_long to drop"
+        message = f"The row has {length:,} tokens; max_seq_len is {most:,}."
+        report.bad(line, Problem("", "too_long", message, hint))
+        return None
+    kept = slice(0, most) if report.too_long == "right" else slice(length - most, length)
+    report.note("truncated", line)
+    report.lost_tokens += length - most
+    mask = row.mask[kept].copy()
+    if row.tags is None:
+        mask[-1:] = 1
+    return replace(row, ids=row.ids[kept], mask=mask, tags=None if row.tags is None else row.tags[kept])
+
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -373,6 +563,22 @@ class _Template:
         start = len(example.prompt)
         text = example.prompt + example.completion
         return _Text(line, text, ((start, len(text)),), plain=True, append_eos=True)
+
+    def asked(self, line: Line, example: Example, report: _Report) -> tuple[str, str]:
+        """(what an encoder reads, what its decoder is to write). Raises _Bad."""
+        if not example.messages:
+            assert example.completion is not None
+            return example.prompt, example.completion
+        *before, last = example.messages
+        if not example.trained[-1] or any(example.trained[:-1]):
+            message = "An encoder-decoder learns one answer a row: the last message, of the assistant."
+            raise _Bad("one_answer", message, "split the conversation, or set weight 0 on earlier answers")
+        if self.tokenizer.chat_template is not None:
+            return self._text(before, list(example.tools), ask=True), last["content"]
+        if len(before) > 1 or example.tools:
+            message = "The row is a conversation, but the base model's tokenizer has no chat template."
+            raise _Bad("no_chat_template", message, "write prompt and completion strings")
+        return before[0]["content"], last["content"]
 
     def _end_token(self) -> None:
         if self.tokenizer.eos_token_id is None:

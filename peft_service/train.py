@@ -7,6 +7,7 @@ does), where metrics and checkpoints go (the caller does), or what is trained (a
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_service import batches
+from peft_service.attached import Attached
 from peft_service.batches import Batch
 from peft_service.errors import Diverged, InvalidTrainingFile
 from peft_service.objectives import Objective
-from peft_service.objectives.sft import IGNORE
 from peft_service.schedule import learning_rate
 from peft_service.spec import Training
 
@@ -46,6 +47,13 @@ class Engine(Protocol):
 
     def all_sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over ranks, on every rank."""
+
+    def gradient(self, name: str) -> Tensor:
+        """Collective. Between `backward` and `step`: the full-size float32 gradient of the parameter `name`,
+        summed over microbatches and ranks, before clipping; zeros where nothing has arrived."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Collective. Inside, every trainable parameter of the model is there, full size."""
 
     def state(self) -> dict[str, Tensor]:
         """Collective. Full-size float32 CPU tensors: "param.<name>", "exp_avg.<name>", "exp_avg_sq.<name>",
@@ -98,12 +106,12 @@ class LocalEngine:
     rank = 0
     world = 1
 
-    def __init__(self, model: nn.Module, training: Training) -> None:
-        self.model = model
-        self.device = next(model.parameters()).device
+    def __init__(self, attached: Attached, training: Training) -> None:
+        self.model = attached.model
+        self.device = next(self.model.parameters()).device
         self.max_grad_norm = training.max_grad_norm
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = adamw(list(self.parameters.values()), training)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(attached, training)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -112,13 +120,20 @@ class LocalEngine:
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["ratio"]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def all_sum(self, x: Tensor) -> Tensor:
         return x
+
+    def gradient(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.int64)}
@@ -146,11 +161,18 @@ class LocalEngine:
         return {name: p.detach().cpu().clone().contiguous() for name, p in self.parameters.items()}
 
 
-def adamw(parameters: list[nn.Parameter], training: Training) -> torch.optim.AdamW:
-    """The optimizer of every engine; its learning rate is set at each step."""
+def adamw(attached: Attached, training: Training) -> torch.optim.AdamW:
+    """The optimizer of every engine: a group for each ratio of learning rates; the rate itself is set at
+    each step."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in attached.model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(attached.ratio(name), []).append(parameter)
     return torch.optim.AdamW(
-        parameters,
-        lr=training.learning_rate,
+        [
+            {"params": parameters, "ratio": ratio, "lr": training.learning_rate * ratio}
+            for ratio, parameters in sorted(groups.items())
+        ],
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         weight_decay=training.weight_decay,
@@ -162,9 +184,16 @@ def full_copy(tensor: Tensor) -> Tensor:
 
 
 def train_step(
-    engine: Engine, objective: Objective, microbatches: Sequence[Batch], learning_rate: float
+    engine: Engine,
+    objective: Objective,
+    microbatches: Sequence[Batch],
+    learning_rate: float,
+    attached: Attached | None = None,
+    step: int = 0,
 ) -> Step:
     """One optimizer step. Every target token weighs the same, wherever it was computed.
+
+    `attached` is the method at work; without it, nothing but the update happens.
 
     Dividing by the step's own token count (not per microbatch, not per rank) is what makes the result
     independent of the number of workers.
@@ -173,18 +202,25 @@ def train_step(
         InvalidTrainingFile: no token in the step is to be learned.
         Diverged: loss or gradient norm is not finite. Raised before the weights change, on every rank.
     """
+    method = attached or Attached(engine.model)
     counts = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in microbatches:
-        counts += torch.stack([(batch.labels_BT[:, 1:] != IGNORE).sum(), batch.mask_BT.sum()])
+        counts += torch.stack([objective.targets(batch), batch.mask_BT.sum()])
     targets, tokens = (int(count) for count in engine.all_sum(counts))
     if targets == 0:
         raise InvalidTrainingFile("no token of this step is to be learned")
 
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     losses = []
+    method.before_step(step)
     for batch in microbatches:
+        batch.extra = method.inputs(batch)
         nll, right = objective.loss_sum(engine.model, batch)
-        engine.backward(nll / targets)
+        loss_of_batch = nll / targets
+        if (penalty := method.penalty()) is not None:
+            # Once a step, although every microbatch of every rank adds its part.
+            loss_of_batch = loss_of_batch + penalty / (len(microbatches) * engine.world)
+        engine.backward(loss_of_batch)
         losses.append(nll.detach())
         sums += torch.stack([nll.detach().double(), right.double()])
     nll_sum, right_sum = (float(x) for x in engine.all_sum(sums))
@@ -196,16 +232,28 @@ def train_step(
         marks[:, engine.rank] = (~torch.isfinite(torch.stack(losses))).float()
         bad = engine.all_sum(marks).nonzero().tolist()
         raise Diverged(f"the loss is {loss}", details={"microbatches": bad})
-    norm = engine.step(learning_rate)
+    method.before_update(engine, step)
+    norm = engine.step(learning_rate * method.rate(step))
     if not math.isfinite(norm):
         raise Diverged(f"the loss is {loss:.4g} but the gradient norm is {norm}")
+    method.after_update(engine, step)
     return Step(loss, right_sum / targets, norm, tokens, targets)
 
 
 def evaluate(
-    engine: Engine, objective: Objective, data: "Tokenised", *, microbatch: int, pad_id: int
+    engine: Engine,
+    objective: Objective,
+    data: "Tokenised",
+    *,
+    microbatch: int,
+    pad_id: int,
+    attached: Attached | None = None,
+    collate: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Mean loss per target token and share of right tokens over all rows of `data`. Collective."""
+    """Mean loss per target and share of right ones over all rows of `data`. Collective.
+
+    `collate` has the further arguments of `batches.microbatches`.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     window = engine.world * microbatch * 8  # rows whose tensors exist at one time
     was_training = engine.model.training
@@ -214,10 +262,11 @@ def evaluate(
         for start in range(0, data.rows, window):
             rows = list(range(start, min(start + window, data.rows)))
             for batch in batches.microbatches(
-                data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device
+                data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device, **(collate or {})
             ):
+                batch.extra = attached.inputs(batch) if attached else {}
                 nll, right = objective.loss_sum(engine.model, batch)
-                count = (batch.labels_BT[:, 1:] != IGNORE).sum()
+                count = objective.targets(batch)
                 sums += torch.stack([nll.double(), right.double(), count.double()])
     engine.model.train(was_training)
     nll_sum, right_sum, targets = (float(x) for x in engine.all_sum(sums))
@@ -239,6 +288,9 @@ def fit(
     log: Callable[[dict[str, Any]], None],
     save: Callable[[Progress], None],
     stop_requested: Callable[[], bool],
+    attached: Attached | None = None,
+    collate: Mapping[str, Any] | None = None,
+    task_temperature: float | None = None,
 ) -> Fitted:
     """Train from `start` to the last step, or until someone asks to stop. Collective.
 
@@ -257,14 +309,18 @@ def fit(
     while progress.step < steps:
         began = time.monotonic()
         number = progress.step + 1
-        rows = batches.rows_of_step(progress.step, data.rows, training, seed)
+        rows = batches.rows_of_step(
+            progress.step, data.rows, training, seed, row_tasks=data.row_tasks, temperature=task_temperature
+        )
         rate = learning_rate(progress.step, steps, training)
         # A seed per step and rank instead of a running generator: dropout after a resume is what it would
         # have been, with nothing to save.
         torch.manual_seed((seed * 1_000_003 + progress.step) * 65_537 + engine.rank)
-        parts = batches.microbatches(data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device)
+        parts = batches.microbatches(
+            data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device, **(collate or {})
+        )
         try:
-            done = train_step(engine, objective, parts, rate)
+            done = train_step(engine, objective, parts, rate, attached, progress.step)
         except (Diverged, InvalidTrainingFile) as error:
             raise _explained(error, number, rows, data, engine.world, microbatch) from error
         seconds = time.monotonic() - began
@@ -290,7 +346,15 @@ def fit(
         last = number == steps
         every = training.eval_steps or per_epoch
         if validation is not None and (last or number % every == 0):
-            found = evaluate(engine, objective, validation, microbatch=microbatch, pad_id=pad_id)
+            found = evaluate(
+                engine,
+                objective,
+                validation,
+                microbatch=microbatch,
+                pad_id=pad_id,
+                attached=attached,
+                collate=collate,
+            )
             evaluation = {
                 "valid_loss": found.loss,
                 "valid_mean_token_accuracy": found.accuracy,

@@ -29,6 +29,8 @@ from peft_service.variants import Frozen
 MAX_LINE_BYTES = 16 * 1024**2
 MAX_PROBLEMS_COUNTED = 100_000
 """After so many, the rest of the file is only hashed: a file of line feeds must not keep a replica busy."""
+MAX_LABELS = 10_000
+"""Classes of a classification, and tasks of a multi-task file."""
 CHUNK_BYTES = 1024**2
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -51,7 +53,8 @@ class Report(Frozen):
     bytes: int
     sha256: str
     statistics: dict[str, Any]
-    """Of the good rows: `roles`, `characters` (p50, p95, max of a line), `duplicate_rows`."""
+    """Of the good rows: `roles`, `characters` (p50, p95, max of a line), `duplicate_rows`; `labels` and
+    `tasks`, sorted, where the rows have some."""
 
     @property
     def ok(self) -> bool:
@@ -173,6 +176,7 @@ def validate(path: Path, *, limit: int = 100) -> Report:
     blanks: list[Problem] = []
     blank_count = 0
     roles, hashes, characters = Counter[str](), array("q"), array("I")
+    labels, tasks = set[str](), set[str]()
     reading = chunks()
     foreign = ""
 
@@ -198,10 +202,15 @@ def validate(path: Path, *, limit: int = 100) -> Report:
                 if format is None and claimed is not None:
                     format, first_line = claimed, line.number
                 found = [_at(line, problem) for problem in _check(row, format, claimed, first_line)]
+                if not found and len(labels) > MAX_LABELS:
+                    message = f"The file has more than {MAX_LABELS:,} labels."
+                    found = [_at(line, Problem("label", "too_many_labels", message))]
                 if not found:
                     assert format is not None
                     assert line.raw is not None
                     roles.update(format.roles(row))
+                    labels.update(format.labels(row))
+                    tasks.update([row["task"]] if "task" in row else [])
                     hashes.append(hash(line.raw.removeprefix(BYTE_ORDER_MARK).strip()))
                     characters.append(len(line.raw.decode()))
             if found:
@@ -242,6 +251,8 @@ def validate(path: Path, *, limit: int = 100) -> Report:
             "roles": dict(sorted(roles.items())),
             "characters": _quantiles(characters),
             "duplicate_rows": duplicates,
+            **({"labels": sorted(labels)} if labels else {}),
+            **({"tasks": sorted(tasks)} if tasks else {}),
         },
     )
 
@@ -280,7 +291,6 @@ _FOREIGN_KEYS = (
     (("question", "answer"), _RENAME.format("question", "answer")),
     (("query", "response"), _RENAME.format("query", "response")),
     (("input", "output"), 'rename "input" to "prompt" and "output" to "completion", or add "instruction"'),
-    (("text", "label"), _RENAME.format("text", "label") + " (a string)"),
     (
         ("conversations",),
         'this is ShareGPT\'s shape: rename "conversations" to "messages", "from" to "role" (human: user, '

@@ -53,6 +53,16 @@ class Example:
     prompt: str = ""
     completion: str | None = None
     """None: the row means something only through a chat template."""
+    pair: str | None = None
+    """The second of two texts, of which `prompt` is the first."""
+    label: str | None = None
+    words: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    """One for each of `words`."""
+    answer: tuple[int, int] | None = None
+    """Characters [start, end) of `pair`; start == end: there is no answer."""
+    task: str | None = None
+    """In multi-task data."""
 
 
 class Format(Frozen):
@@ -81,9 +91,15 @@ class Format(Frozen):
         """The role of every message of a good row, for statistics."""
         return ()
 
+    def labels(self, row: dict[str, Any]) -> Iterable[str]:
+        """The classes or tags in a good row."""
+        return ()
+
     def problems(self, row: dict[str, Any]) -> list[Problem]:
         """All problems of a row; of one with more than 100, the last one says that the rest is not listed."""
         found = list(islice(self.check(row), MAX_PROBLEMS_PER_ROW + 1))
+        if "task" in row and not (isinstance(row["task"], str) and 1 <= len(row["task"]) <= 64):
+            found.insert(0, wrong_type("task", "a name of 1 to 64 characters", row["task"]))
         if len(found) > MAX_PROBLEMS_PER_ROW:
             found[-1] = Problem("", "too_many_problems", "This row has more problems than are listed here.")
         return found

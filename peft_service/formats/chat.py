@@ -36,7 +36,7 @@ OTHER_NAMES = {
 class Chat(Format):
     kind: Literal["chat"] = "chat"
 
-    keys = ("messages", "tools", "parallel_tool_calls")
+    keys = ("messages", "tools", "parallel_tool_calls", "task")
     sample = '{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}'
 
     def detect(self, row: dict[str, Any]) -> bool:

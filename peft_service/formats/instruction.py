@@ -15,7 +15,7 @@ from peft_service.formats import Example, Format, Problem, unknown_keys, wrong_t
 class Instruction(Format):
     kind: Literal["instruction"] = "instruction"
 
-    keys = ("instruction", "input", "output", "system", "history")
+    keys = ("instruction", "input", "output", "system", "history", "task")
     sample = '{"instruction": "Add the numbers.", "input": "2 and 2", "output": "4"}'
 
     def detect(self, row: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from peft_service.formats.chat import check_messages, check_targets, check_tools
 class PromptCompletion(Format):
     kind: Literal["prompt_completion"] = "prompt_completion"
 
-    keys = ("prompt", "completion", "tools")
+    keys = ("prompt", "completion", "tools", "task")
     sample = '{"prompt": "2+2=", "completion": "4"}'
 
     def detect(self, row: dict[str, Any]) -> bool:

@@ -5,12 +5,15 @@ held in NF4 this is QLoRA (Dettmers et al. 2023, arXiv:2305.14314). With `rslora
 (Kalajdzievski 2023, arXiv:2312.03732).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peft_service.errors import InvalidRequest
-from peft_service.methods import Method
+from peft_service.methods import Case, Material, Method, adapted
+
+if TYPE_CHECKING:
+    from peft_service.attached import Attached
+    from peft_service.base_model import ModelShape
 
 
 class LoRA(Method):
@@ -20,48 +23,39 @@ class LoRA(Method):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of A; 0 keeps every forward pass deterministic."""
     targets: tuple[str, ...] | None = Field(None, min_length=1)
-    """Last parts of the module names that are adapted; None: every linear layer but the output head."""
+    """Last parts of the module names that are adapted; None: every linear layer of the transformer's blocks."""
     rslora: bool = False
 
     learning_rate: ClassVar[float] = 2e-4
+    title: ClassVar[str] = "LoRA"
+    family: ClassVar[str] = "low rank"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
     summary: ClassVar[str] = (
         "Low-rank matrices beside the frozen linear layers; on an NF4 base this is QLoRA."
     )
+    formula: ClassVar[str] = "y = W x + (alpha / rank) B A x; rank * (d_in + d_out) values a layer"
+    use_when: ClassVar[str] = "The default: quality near full fine-tuning, served by every adapter server."
+    aliases: ClassVar[dict[str, dict[str, Any]]] = {"qlora": {"base.quantize": "nf4"}}
+    small: ClassVar[dict[str, Any]] = {"rank": 4, "alpha": 8}
 
-    def attach(self, model: Any, seed: int) -> Any:
-        import torch
-        from peft import LoraConfig, TaskType, get_peft_model
+    def attach(self, model: Any, case: Case, material: Material) -> "Attached":
+        from peft_service.attached import Attached
+        from peft_service.tuners.low_rank import attach_lora
 
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules="all-linear" if self.targets is None else list(self.targets),
-            use_rslora=self.rslora,
-            task_type=TaskType.CAUSAL_LM,
+        return Attached(
+            attach_lora(
+                model,
+                case,
+                rank=self.rank,
+                alpha=self.alpha,
+                dropout=self.dropout,
+                targets=self.targets,
+                use_rslora=self.rslora,
+            )
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # peft draws A on the CPU before moving it, so all ranks draw the same
-            # its default, autocast_adapter_dtype, keeps A and B in float32
-            return get_peft_model(model, config)
 
-    def trainable(self, shape: Any) -> int:
-        return sum(self.rank * (d_in + d_out) for name, d_out, d_in in shape.linears if self._adapts(name))
+    def trainable(self, shape: "ModelShape", case: Case) -> int:
+        return sum(self.rank * (d_in + d_out) for _, d_out, d_in in adapted(shape, self.targets))
 
-    def check(self, shape: Any, quantize: str | None) -> None:
-        names = [name for name, _, _ in shape.linears]
-        there = sorted({name.split(".")[-1] for name in names})
-        for target in self.targets or ():
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise InvalidRequest(
-                    f"targets: no linear layer of the base is called {target!r}. It has: {', '.join(there)}.",
-                    param="adapter.targets",
-                )
-        if not names:
-            raise InvalidRequest("the base has no linear layer that LoRA could adapt.", param="model")
-
-    def _adapts(self, name: str) -> bool:
-        if self.targets is None:
-            return True
-        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+    def check(self, shape: "ModelShape", case: Case) -> None:
+        adapted(shape, self.targets)

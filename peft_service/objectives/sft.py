@@ -1,8 +1,9 @@
 """Supervised fine-tuning: cross-entropy on the target tokens only, in float32."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft_service.objectives import Objective
+from peft_service.tasks import Architecture, Task
 
 IGNORE = -100
 
@@ -10,11 +11,28 @@ IGNORE = -100
 class SFT(Objective):
     kind: Literal["sft"] = "sft"
 
+    formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "prompt_completion")
+    summary: ClassVar[str] = "Learn to write the answers of the rows."
+
+    def task(self, architecture: Architecture) -> Task:
+        return "seq2seq_lm" if architecture == "encoder_decoder" else "causal_lm"
+
+    def targets(self, batch: Any) -> Any:
+        labels_BT = batch.labels_BT if batch.decoder_BT is not None else batch.labels_BT[:, 1:]
+        return (labels_BT != IGNORE).sum()
+
     def loss_sum(self, model: Any, batch: Any) -> tuple[Any, Any]:
         import torch.nn.functional as F
 
-        logits_BTV = model(input_ids=batch.tokens_BT, attention_mask=batch.mask_BT).logits[:, :-1].float()
-        targets_BT = batch.labels_BT[:, 1:]
+        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT, **batch.extra}
+        if batch.decoder_BT is not None:
+            # An encoder-decoder: the decoder's inputs are the targets, one place later.
+            logits_BTV = model(**inputs, decoder_input_ids=batch.decoder_BT).logits.float()
+            targets_BT = batch.labels_BT
+        else:
+            # Virtual tokens, where a method has them, stand in front of the row.
+            logits_BTV = model(**inputs).logits[:, -batch.tokens_BT.shape[1] :][:, :-1].float()
+            targets_BT = batch.labels_BT[:, 1:]
         nll = F.cross_entropy(
             logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
         )

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_service import base_model
+from peft_service.attached import Attached
 from peft_service.batches import Batch
 from peft_service.errors import Diverged
+from peft_service.methods import Case, Material
 from peft_service.methods.lora import LoRA
 from peft_service.objectives.sft import IGNORE, SFT
 from peft_service.spec import Training
@@ -76,13 +78,14 @@ def microbatches(step: int, rank: int, world: int, microbatch: int) -> list[Batc
     return made
 
 
-def attached(base: Path, scenario: Scenario) -> torch.nn.Module:
+def attached(base: Path, scenario: Scenario) -> Attached:
     model = base_model.load(base, precision=scenario.precision, quantize=scenario.quantize)
-    model = LoRA(rank=4).attach(model, seed=0)
+    made = LoRA(rank=4).attach(model, Case(), Material())
     if scenario.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model.train()
+        made.model.gradient_checkpointing_enable({"use_reentrant": False})
+        made.model.enable_input_require_grads()
+    made.model.train()
+    return made
 
 
 def run(engine: Engine, scenario: Scenario, work: Path) -> dict[str, torch.Tensor]:

@@ -137,7 +137,7 @@ def test_names() -> None:
     [
         {"training": {"n_epochs": 2}, "hyperparameters": {"n_epochs": 3}},
         {"adapter": {"r": 4, "rank": 8}},
-        {"adapter": {"kind": "lora", "type": "qlora2"}},
+        {"adapter": {"kind": "lora", "type": "dora"}},
         {"training": {"learning_rate": 1e-4, "learning_rate_multiplier": 1}},
         {"training": {"learning_rate": 1e-4}, "hyperparameters": {"learning_rate_multiplier": 1}},
         {"name": "a", "suffix": "b"},

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from peft_service import adapter, base_model, gate
 from peft_service.errors import GateFailed, ObjectNotFound
+from peft_service.methods import Case, Material
 from peft_service.methods.lora import LoRA
+from peft_service.spec import Base
 from peft_service.train import LocalEngine
 from tests.peft_service.runs import a_run
 from tests.tiny import save_tiny_base
@@ -30,17 +32,18 @@ def staged(tmp_path_factory, base):
     """(directory, model, trainable values by name) of an adapter that differs from zero."""
     directory = tmp_path_factory.mktemp("staged")
     run, _ = a_run(directory / "run", base)
-    model = LoRA(rank=4).attach(base_model.load(base, precision="fp32"), seed=0)
-    engine = LocalEngine(model, run.spec.training)
+    attached = LoRA(rank=4).attach(base_model.load(base, precision="fp32"), Case(), Material())
+    engine = LocalEngine(attached, run.spec.training)
     for parameter in engine.parameters.values():
         torch.nn.init.normal_(parameter)
-    adapter.stage(model, engine.trainable(), base_model.load_tokenizer(base), directory / "adapter")
-    return directory / "adapter", model, engine.trainable()
+    tokenizer = base_model.load_tokenizer(base)
+    adapter.stage(attached, engine.trainable(), tokenizer, directory / "adapter", run.spec.base)
+    return directory / "adapter", attached, engine.trainable()
 
 
 def test_the_weights_are_named_as_peft_names_them(staged, tmp_path):
-    directory, model, trainable = staged
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    directory, attached, trainable = staged
+    attached.model.save_pretrained(tmp_path, save_embedding_layers=False)
     theirs, ours = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, directory))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -50,11 +53,16 @@ def test_the_weights_are_named_as_peft_names_them(staged, tmp_path):
 
 
 def test_a_tensor_that_was_not_gathered_is_refused(staged, tmp_path, base):
-    _, model, trainable = staged
+    _, attached, trainable = staged
+    tokenizer = base_model.load_tokenizer(base)
     name = sorted(trainable)[3]
     with pytest.raises(GateFailed, match="empty") as caught:
         adapter.stage(
-            model, trainable | {name: torch.zeros(0)}, base_model.load_tokenizer(base), tmp_path / "out"
+            attached,
+            trainable | {name: torch.zeros(0)},
+            tokenizer,
+            tmp_path / "out",
+            Base(id="tiny/llama", uri=f"file://{base}"),
         )
     assert name in caught.value.message
 
@@ -189,7 +197,7 @@ def test_the_gate_says_which_check_failed(staged, base, tmp_path, damage, name):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     checks = gate.checks_of(
         adapter=str(tmp_path), base=str(base), probe=str(tmp_path), precision="fp32", quantize=None,
-        format="chat", max_seq_len=64, too_long="error", trainable=1,
+        format="chat", max_seq_len=64, too_long="error", stored=1, case={},
     )  # fmt: skip
     assert next(check.name for check in checks if not check.passed) == name
 
@@ -201,4 +209,4 @@ def test_a_gate_that_was_killed_says_nothing_of_the_adapter(staged, base, tmp_pa
     os.chmod(killer, 0o755)
     monkeypatch.setattr(sys, "executable", str(killer))
     with pytest.raises(RuntimeError, match="signal 9"):
-        gate.prove(staged[0], base, tmp_path, run.spec, precision="fp32", trainable=1)
+        gate.prove(staged[0], base, tmp_path, run.spec, Case(), precision="fp32", stored=1)

@@ -25,7 +25,7 @@ def test_a_formats_own_sample_is_good_detected_and_teaches_something(variant):
     assert format.problems(row) == []
     assert detect(row) == format == format_of(format.kind)
     example = format.messages_or_text(row)
-    assert example.completion or any(example.trained)
+    assert example.completion or any(example.trained) or example.label or example.tags or example.answer
     assert set(row) <= set(variant.keys)
 
 
@@ -73,7 +73,7 @@ def test_whatever_a_row_holds_checking_never_raises_and_a_good_row_gives_an_exam
         assert all(problem.code and problem.message for problem in problems)
         if not problems:
             example = format.messages_or_text(row)
-            assert example.completion or any(example.trained)
+            assert example.completion or any(example.trained) or example.label or example.tags or example.answer
             assert len(example.messages) == len(example.trained)
             assert list(format.roles(row)) in ([], [message["role"] for message in example.messages])
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_service import adapter, base_model, checkpoint, train
+from peft_service.attached import Attached
 from peft_service.run import Outcome, RunInput, conclude, prepare, run_locally, work
 from peft_service.spec import Training
 from peft_service.tokenise import tokenise
@@ -214,9 +215,9 @@ def test_a_run_that_diverges_says_at_which_step_and_lines(base, tmp_path):
     poisoned = []
 
     class Poisoned(LocalEngine):
-        def __init__(self, model: torch.nn.Module, training: Training) -> None:
-            super().__init__(model, training)
-            model.register_forward_hook(self._poison)
+        def __init__(self, attached: Attached, training: Training) -> None:
+            super().__init__(attached, training)
+            attached.model.register_forward_hook(self._poison)
 
         def _poison(self, module, args, output):
             # The third microbatch of training: the first one of step 2, whose microbatches are of two rows.

@@ -11,6 +11,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from peft_service import base_model, batches, train
 from peft_service.errors import Diverged, InvalidTrainingFile
+from peft_service.methods import Case, Material
 from peft_service.methods.lora import LoRA
 from peft_service.objectives.sft import IGNORE, SFT
 from peft_service.schedule import learning_rate
@@ -47,8 +48,8 @@ def engine(base):
 
 
 def made(base, **lora):
-    model = LoRA(rank=4, **lora).attach(base_model.load(base, precision="fp32"), seed=0)
-    return LocalEngine(model, TRAINING)
+    model = base_model.load(base, precision="fp32")
+    return LocalEngine(LoRA(rank=4, **lora).attach(model, Case(), Material()), TRAINING)
 
 
 def _batches(data, rows, microbatch):

@@ -218,7 +218,7 @@ def test_gsm8k_as_it_is_fails_and_the_report_says_what_to_do():
         ("llamafactory/c4_demo.jsonl", "unknown_format", "plain text"),
         ("llamafactory/v1_sft_demo.jsonl", "unknown_key", "weight"),
         ("banking77/train.csv", "not_json", "CSV"),
-        ("tau-bench/airline_trajectories.jsonl", "unknown_key", "known keys"),
+        ("tau-bench/airline_trajectories.jsonl", "unknown_key", "task"),
     ],
 )
 def test_real_files_of_other_shapes_get_a_hint(file, code, word):

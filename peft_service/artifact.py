@@ -1,0 +1,77 @@
+"""Load any artifact of ours on its base, as its users do: adapters, deltas, compositions, whole models.
+
+What lies in the directory tells what it is:
+
+    adapter_config.json     a PEFT adapter (of a type of our own after `import peft_service.tuners`)
+    delta_config.json       changed weights (`peft_service.delta`)
+    composite.json          {"format", "parts": ["part-0", …]}: directories, applied in this order
+    config.json             a whole transformers model; the base is not needed
+    task.json               {"task", "labels"}: the head that the base needs, if any
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft_service.errors import InvalidRequest
+from peft_service.tasks import AUTO_CLASSES, Task
+
+TASK = "task.json"
+COMPOSITE = "composite.json"
+COMPOSITE_FORMAT = "peft-service/composite/1"
+
+
+def is_model(directory: Path) -> bool:
+    """Whether it is a whole model, and no adapter of one."""
+    return (directory / "config.json").exists()
+
+
+def task_of(directory: Path) -> tuple[Task, tuple[str, ...]]:
+    """(task, labels) of an artifact."""
+    told = json.loads((directory / TASK).read_text())
+    return told["task"], tuple(told["labels"])
+
+
+def write_task(directory: Path, task: Task, labels: tuple[str, ...]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / TASK).write_text(json.dumps({"task": task, "labels": labels}, ensure_ascii=False) + "\n")
+
+
+def load_base(directory: Path, task: Task, labels: tuple[str, ...] = (), **options: Any) -> Any:
+    """The base with the head of the task, by plain transformers; `options` go to `from_pretrained`."""
+    import transformers
+
+    if task in ("sequence_classification", "token_classification"):
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
+        directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **options
+    )
+
+
+def load(base: Any, directory: Path) -> Any:
+    """`base` (a transformers model with the task's head) with the artifact on it, in eval mode.
+
+    Raises:
+        InvalidRequest: the directory holds nothing that we know, or a whole model (`load_base` loads that).
+    """
+    if (directory / COMPOSITE).exists():
+        told = json.loads((directory / COMPOSITE).read_text())
+        if told.get("format") != COMPOSITE_FORMAT:
+            raise InvalidRequest(f"{directory.name}: format {told.get('format')!r}")
+        model = base
+        for part in told["parts"]:
+            model = load(model, directory / part)
+        return model.eval()
+    if (directory / "adapter_config.json").exists():
+        import peft
+
+        import peft_service.tuners  # noqa: F401 - registers our types
+
+        return peft.PeftModel.from_pretrained(base, str(directory)).eval()
+    if (directory / "delta_config.json").exists():
+        from peft_service import delta
+
+        delta.apply(base, [delta.load(directory)])
+        return base.eval()
+    raise InvalidRequest(f"{directory.name} has no adapter_config.json, delta_config.json or composite.json")

@@ -1,0 +1,35 @@
+"""Classification: cross-entropy of the class of a row; in multi-task data, among the classes of its own task.
+
+One output layer holds the heads of all tasks side by side (their labels are `task/label`), and a row sees the
+slice of its task: the same as a head for each task, and every rank touches all of it, as ZeRO needs.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from peft_service.objectives import Objective
+from peft_service.objectives.sft import IGNORE
+from peft_service.tasks import Architecture, Task
+
+
+class Classification(Objective):
+    kind: Literal["classification"] = "classification"
+
+    formats: ClassVar[tuple[str, ...]] = ("classification",)
+    summary: ClassVar[str] = "Learn the class of a text, or of a pair of texts."
+
+    def task(self, architecture: Architecture) -> Task:
+        return "sequence_classification"
+
+    def targets(self, batch: Any) -> Any:
+        return (batch.labels_BT != IGNORE).sum()
+
+    def loss_sum(self, model: Any, batch: Any) -> tuple[Any, Any]:
+        import torch.nn.functional as F
+
+        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT, **batch.extra}
+        logits_BC = model(**inputs).logits.float()
+        if batch.allowed_BC is not None:
+            logits_BC = logits_BC.masked_fill(~batch.allowed_BC, float("-inf"))
+        targets_B = batch.labels_BT[:, 0]
+        nll = F.cross_entropy(logits_BC, targets_B, ignore_index=IGNORE, reduction="sum")
+        return nll, ((logits_BC.argmax(-1) == targets_B) & (targets_B != IGNORE)).sum()

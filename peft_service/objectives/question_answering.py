@@ -1,0 +1,36 @@
+"""Extractive question answering: cross-entropy of the answer's first and last token among the row's tokens."""
+
+from typing import Any, ClassVar, Literal
+
+from peft_service.objectives import Objective
+from peft_service.objectives.sft import IGNORE
+from peft_service.tasks import Architecture, Task
+
+
+class QuestionAnswering(Objective):
+    kind: Literal["question_answering"] = "question_answering"
+
+    formats: ClassVar[tuple[str, ...]] = ("question_answering",)
+    summary: ClassVar[str] = "Learn where in a text the answer to a question stands."
+
+    def task(self, architecture: Architecture) -> Task:
+        return "question_answering"
+
+    def targets(self, batch: Any) -> Any:
+        return (batch.labels_BT != IGNORE).sum()
+
+    def loss_sum(self, model: Any, batch: Any) -> tuple[Any, Any]:
+        import torch
+        import torch.nn.functional as F
+
+        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT, **batch.extra}
+        made = model(**inputs)
+        nll, right = [], []
+        for place, logits_BT in enumerate((made.start_logits, made.end_logits)):
+            # Not on virtual tokens in front, nor on padding.
+            logits_BT = logits_BT[:, -batch.tokens_BT.shape[1] :].float()
+            logits_BT = logits_BT.masked_fill(batch.mask_BT == 0, torch.finfo(torch.float32).min)
+            targets_B = batch.labels_BT[:, place]
+            nll.append(F.cross_entropy(logits_BT, targets_B, ignore_index=IGNORE, reduction="sum"))
+            right.append(((logits_BT.argmax(-1) == targets_B) & (targets_B != IGNORE)).sum())
+        return nll[0] + nll[1], right[0] + right[1]
