@@ -78,7 +78,16 @@ class Wrapper(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 raise
             return getattr(self.base_layer, name)
 
-    def add(self, adapter_name: str, parts: tuple[nn.Module, ...], inference_mode: bool) -> None:
+    def add(
+        self,
+        adapter_name: str,
+        parts: tuple[nn.Module, ...],
+        inference_mode: bool,
+        frozen: tuple[str, ...] = (),
+    ) -> None:
+        """Take in an adapter's modules, one a container; those in `frozen` containers never train."""
+        if frozen:
+            self.frozen_peft_weight_names[adapter_name] = frozen
         base = next(iter(self.get_base_layer().parameters()), None)
         for container, part in zip(self.adapter_layer_names, parts, strict=True):
             part.float()
@@ -157,6 +166,8 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = Wrapper
     target_module_mapping: ClassVar[dict[str, Any]] = {}
     containers: ClassVar[tuple[str, ...]]
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Containers whose modules never train."""
 
     def targets(self, config: Any) -> str:
         """Pattern of the names of the modules to wrap when the configuration names none.
@@ -210,13 +221,16 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, Wrapper):
-            target.add(adapter_name, self.parts(peft_config, current_key, target), peft_config.inference_mode)
+            self._add(peft_config, adapter_name, current_key, target)
             return
         wrapper = self.layer(peft_config, current_key, target)
         if adapter_name in self.active_adapters:
             wrapper._active_adapter = [adapter_name]
-        wrapper.add(adapter_name, self.parts(peft_config, current_key, wrapper), peft_config.inference_mode)
+        self._add(peft_config, adapter_name, current_key, wrapper)
         self._replace_module(parent, target_name, wrapper, target)
+
+    def _add(self, config: Any, adapter_name: str, name: str, wrapper: Wrapper) -> None:
+        wrapper.add(adapter_name, self.parts(config, name, wrapper), config.inference_mode, self.frozen)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -253,6 +267,40 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
             rf"(^|\.)({named})\.{re.escape(adapter_name)}(?=\.|$)", r"\1\2", key, count=1
         )
         return shorter if count else str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+class Affine(nn.Module):
+    """y to γ ⊙ y + β, in float32; without β where `shift` is false."""
+
+    def __init__(self, width: int, shift: bool) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width)) if shift else None
+
+    def forward(self, y: Tensor) -> Tensor:
+        scaled = y.to(self.gamma.dtype) * self.gamma
+        return scaled if self.beta is None else scaled + self.beta
+
+
+class AffineWrapper(Wrapper):
+    """γ ⊙ y + β after a linear layer or a norm; part of its weights when merged."""
+
+    def change(self, adapter_name: str, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.part(adapter_name)(output).to(output.dtype)
+
+    def obstacle(self, adapter_name: str) -> str | None:
+        base: Any = self.get_base_layer()
+        if not base.weight.is_floating_point():
+            return "its base is quantized; merge into the base in 16 or 32 bits"
+        affine: Any = self.part(adapter_name)
+        if affine.beta is not None and getattr(base, "bias", None) is None:
+            return "it adds a vector, and this layer of the base has no bias to hold it"
+        return None
+
+    def fold(self, adapter_name: str) -> None:
+        affine: Any = self.part(adapter_name)
+        beta = None if affine.beta is None else affine.beta.detach()
+        fold_affine(self.get_base_layer(), affine.gamma.detach(), beta)
 
 
 def add(hidden_BTD: Tensor, delta_BTD: Tensor) -> Tensor:

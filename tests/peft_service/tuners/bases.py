@@ -101,6 +101,8 @@ def trainable(model) -> int:
 def stir(model, seed: int = 5, scale: float = 0.1) -> None:
     """Move every trainable value, so that an adapter does something everywhere."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    active = model.active_adapter
+    for name, parameter in model.named_parameters():
+        # A fusion's members do not train, and start at zero here.
+        if parameter.requires_grad or f"_members.{active}." in name:
             parameter.data.add_(scale * torch.randn(parameter.shape, generator=generator))

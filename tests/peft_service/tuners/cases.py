@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from peft_service.tuners.adapter_fusion import AdapterFusionConfig
 from peft_service.tuners.bottleneck import BottleneckConfig
+from peft_service.tuners.hadamard import HadamardConfig
+from peft_service.tuners.ssf import SSFConfig
 from tests.peft_service.tuners.bases import KINDS
 
 
@@ -24,6 +27,18 @@ CASES = (
     *(
         Case(f"bottleneck-{placement}", BottleneckConfig, {"placement": placement, "bottleneck_size": 4})
         for placement in ("houlsby", "pfeiffer", "parallel")
+    ),
+    Case("ssf", SSFConfig, {}, merges=KINDS),
+    Case("ssf-all", SSFConfig, {"shift": "all"}, merges=("bert", "bart", "gpt2")),
+    Case("hadamard", HadamardConfig, {}, merges=("bert", "bart", "gpt2")),
+    *(
+        Case(
+            f"adapter_fusion-{placement}",
+            AdapterFusionConfig,
+            {"placement": placement, "bottleneck_size": 4, "members": ["one", "two", "three"]},
+            kinds,
+        )
+        for placement, kinds in (("pfeiffer", KINDS), ("houlsby", ("llama",)), ("parallel", ("bert",)))
     ),
 )
 PAIRS = [(case, kind) for case in CASES for kind in case.kinds]
