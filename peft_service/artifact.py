@@ -10,11 +10,12 @@ What lies in the directory tells what it is:
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft_service.errors import InvalidRequest
-from peft_service.tasks import AUTO_CLASSES, Task
+from peft_service.errors import InvalidRequest, UnknownBase
+from peft_service.tasks import AUTO_CLASSES, CLASSIFYING, Task
 
 TASK = "task.json"
 COMPOSITE = "composite.json"
@@ -38,15 +39,53 @@ def write_task(directory: Path, task: Task, labels: tuple[str, ...]) -> None:
 
 
 def load_base(directory: Path, task: Task, labels: tuple[str, ...] = (), **options: Any) -> Any:
-    """The base with the head of the task, by plain transformers; `options` go to `from_pretrained`."""
+    """The base with the head of the task, by plain transformers; `options` go to `from_pretrained`.
+
+    `model.new_head` has the names of the modules that the checkpoint did not have.
+
+    Raises:
+        UnknownBase: transformers puts other weights than the checkpoint's into the body.
+    """
     import transformers
 
     if task in ("sequence_classification", "token_classification"):
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
-        directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **options
+    auto = getattr(transformers, AUTO_CLASSES[task])
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    made_as = auto._model_mapping.get(type(config), None)
+    if made_as is not None and made_as.base_model_prefix == "transformer" and config.model_type != "gpt2":
+        # Of some decoders the question answering class has its body under another name than the checkpoint,
+        # and transformers would leave it random.
+        options["key_mapping"] = {r"^model\.": "transformer."}
+    model, told = auto.from_pretrained(
+        directory,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
     )
+    model.new_head = _whole_modules(model, told["missing_keys"]) if task in CLASSIFYING else []
+    inside = tuple(f"{name}." for name in model.new_head)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    lost = [key for key in told["missing_keys"] if not key.startswith(inside or ("\0",)) and key not in tied]
+    if lost:
+        raise UnknownBase(f"the base has no weights for {sorted(lost)[0]}, which {task} needs", param="model")
+    return model
+
+
+def _whole_modules(model: Any, missing: Iterable[str]) -> list[str]:
+    """The outermost modules, below the body, of which a checkpoint had no parameter."""
+    absent = set(missing)
+    body = model.base_model_prefix
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{key}" for key, _ in module.named_parameters()]
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and name != body and own and not inside and all(key in absent for key in own):
+            found.append(name)
+    return [name for name in found if not name.startswith(f"{body}.") or name.endswith("pooler")]
 
 
 def load(base: Any, directory: Path) -> Any:

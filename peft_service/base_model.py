@@ -13,13 +13,14 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from peft_service import artifact
 from peft_service.errors import StoreError, UnknownBase
 from peft_service.spec import Base
-from peft_service.tasks import AUTO_CLASSES, CLASSIFYING, Architecture, Task
+from peft_service.tasks import POOLED_HEADS, Architecture, Task
 from peft_service.variants import Frozen
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ _ENCODERS = {
     "bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "mpnet", "deberta-v2",
     "modernbert",
 }  # fmt: skip
-_ENCODERS_DECODERS = {"t5", "mt5", "umt5", "bart", "mbart", "longt5", "m2m_100", "marian", "pegasus"}
+_T5S = {"t5", "mt5", "umt5"}
+_ENCODERS_DECODERS = {*_T5S, "bart", "mbart", "longt5", "m2m_100", "marian", "pegasus"}
 
 
 class ModelShape(Frozen):
@@ -90,6 +92,30 @@ class ModelShape(Frozen):
     pooler_parameters: int = 0
     head_parameters: int = 0
     """Of the head that the checkpoint brings: a language model's, where it is not the embedding."""
+
+    decoder_parameters: int = 0
+    """Of an encoder-decoder's decoder."""
+
+    def for_task(self, task: Task) -> "ModelShape":
+        """The part of the checkpoint that a model for this task is made of; a new head comes on top.
+
+        Tags are found by a T5's encoder alone; a pooler serves the classes of a row, and only some models'.
+        """
+        encoder_only = task == "token_classification" and self.model_type in _T5S
+        pooled = task == "sequence_classification" and self.model_type in POOLED_HEADS
+        writes = task in ("causal_lm", "seq2seq_lm")
+        gone = 0 if writes else self.head_parameters
+        gone += 0 if pooled else self.pooler_parameters
+        update: dict[str, Any] = {"head_parameters": self.head_parameters if writes else 0}
+        if not pooled:
+            update["pooler_parameters"] = 0
+        if encoder_only:
+            for name in ("linears", "biases", "norms"):
+                kept = (entry for entry in getattr(self, name) if not entry[0].startswith("decoder."))
+                update[name] = tuple(kept)
+            gone += self.decoder_parameters
+            update |= {"decoder_parameters": 0, "decoder_layers": 0}
+        return self.model_copy(update={**update, "parameters": self.parameters - gone})
 
     @property
     def body_parameters(self) -> int:
@@ -248,7 +274,6 @@ def load(
     from `seed`; `model.new_head` has the names of its modules.
     """
     import torch
-    import transformers
     from transformers import BitsAndBytesConfig
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -266,21 +291,9 @@ def load(
             options["device_map"] = {"": str(device)}
     elif str(device) != "cpu" and not _zero_init_is_on():
         options["device_map"] = {"": str(device)}
-    if task in ("sequence_classification", "token_classification"):
-        options["id2label"] = dict(enumerate(labels))
-        options["label2id"] = {label: index for index, label in enumerate(labels)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the head's first values
-        model, told = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
-            directory,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    model.new_head = _whole_modules(model, told["missing_keys"]) if task in CLASSIFYING else []
+        model = artifact.load_base(directory, task, labels, dtype=dtype, **options)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if quantize == "nf4":
@@ -294,18 +307,6 @@ def load(
     model.config.use_cache = False
     model.eval()
     return model  # type: ignore[no-any-return]
-
-
-def _whole_modules(model: Any, missing: Iterable[str]) -> list[str]:
-    """The outermost modules of which a checkpoint had no parameter."""
-    absent = set(missing)
-    found: list[str] = []
-    for name, module in model.named_modules():
-        own = [f"{name}.{key}" for key, _ in module.named_parameters()]
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name and own and not inside and all(key in absent for key in own):
-            found.append(name)
-    return found
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -428,7 +429,7 @@ def _shape_of(uri: str, config: dict[str, Any], source: _Source, names: set[str]
     biases: list[tuple[str, int]] = []
     norms: list[tuple[str, int]] = []
     bytes_by_dtype: dict[str, int] = {}
-    parameters = embedding = pooler = head = 0
+    parameters = embedding = pooler = head = decoder = 0
     seen: set[str] = set()
     for file in sorted(names):
         if not file.endswith(".safetensors"):
@@ -437,6 +438,8 @@ def _shape_of(uri: str, config: dict[str, Any], source: _Source, names: set[str]
             size = entry["data_offsets"][1] - entry["data_offsets"][0]
             if entry["dtype"] not in _DTYPE_NAMES and entry["dtype"][0] != "F":
                 continue  # position ids and other buffers
+            if tensor.endswith("final_logits_bias"):
+                continue  # BART's, a buffer of zeros
             if tied and (_OUTPUT_HEAD.search(tensor.removesuffix(".weight")) or _tied_again(tensor, seen)):
                 continue  # some repositories store the tied head, or T5's embedding, a second time
             shape = entry["shape"]
@@ -447,6 +450,8 @@ def _shape_of(uri: str, config: dict[str, Any], source: _Source, names: set[str]
             module, _, kind = tensor.rpartition(".")
             if _EMBEDDINGS.search(tensor):
                 embedding = numel
+            if architecture == "encoder_decoder" and tensor.startswith("decoder."):
+                decoder += numel
             if _MODEL_HEAD.search(tensor):
                 head += numel
             elif _POOLER.search(tensor):
@@ -495,6 +500,7 @@ def _shape_of(uri: str, config: dict[str, Any], source: _Source, names: set[str]
         embedding_parameters=embedding,
         pooler_parameters=pooler,
         head_parameters=head,
+        decoder_parameters=decoder,
     )
 
 

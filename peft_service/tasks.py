@@ -43,9 +43,9 @@ _DENSE_HEADS = {
 """Model types whose head has a d x d layer before the labels."""
 _SCORE_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "opt", "gpt2", "gpt_neox"}
 """Decoders: a linear layer without bias on the last token; tags and answers have a bias."""
-_POOLED_HEADS = {"bert", "albert"}
+POOLED_HEADS = {"bert", "albert"}
 """Sequence classification reads a pooled first token; a checkpoint without that pooler gets a new one."""
-_POSSIBLE = _SCORE_HEADS | _POOLED_HEADS | _DENSE_HEADS["sequence_classification"]
+_POSSIBLE = _SCORE_HEADS | POOLED_HEADS | _DENSE_HEADS["sequence_classification"]
 
 
 def tasks_of(architecture: Architecture) -> tuple[Task, ...]:
@@ -70,6 +70,6 @@ def head_parameters(task: Task, model_type: str, hidden: int, labels: int, poole
     head = hidden * outputs + bias
     if model_type in _DENSE_HEADS[task]:
         head += hidden * hidden + hidden
-    if model_type in _POOLED_HEADS and task == "sequence_classification" and not pooled:
+    if model_type in POOLED_HEADS and task == "sequence_classification" and not pooled:
         head += hidden * hidden + hidden
     return head

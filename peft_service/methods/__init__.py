@@ -79,7 +79,8 @@ class Material:
 class Method(Frozen):
     """A fine-tuning method: its hyperparameters, its arithmetic and how it is attached to a model.
 
-    A head that the task needs is not the method's affair: it is trained and saved with all of them.
+    A head that the task needs is not the method's affair: it is trained and saved with all of them. A shape
+    that a method gets is the one for the task (`ModelShape.for_task`).
     """
 
     kind: str
@@ -96,6 +97,10 @@ class Method(Frozen):
     limits: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Other names that a request may use -> the fields that they set (`base.quantize` among them)."""
+    sources_of: ClassVar[tuple[str, ...]] = ()
+    """Kinds of the methods whose published adapters it starts from; such a method has a field `sources`."""
+    needs_tasks: ClassVar[bool] = False
+    """Whether its data must name the task of every row."""
     small: ClassVar[Mapping[str, Any]] = {}
     """Fields with which the conformance suite trains it on a base of hidden size 32."""
     can: ClassVar[Capabilities] = Capabilities()
@@ -139,12 +144,12 @@ def head(shape: "ModelShape", case: Case) -> int:
 
 def trainable(method: Method, shape: "ModelShape", case: Case) -> int:
     """Parameters that train, the head among them."""
-    return method.trainable(shape, case) + head(shape, case)
+    return method.trainable(shape.for_task(case.task), case) + head(shape, case)
 
 
 def stored(method: Method, shape: "ModelShape", case: Case) -> int | None:
     """Values in the artifact, the head's among them."""
-    count = method.stored(shape, case)
+    count = method.stored(shape.for_task(case.task), case)
     return None if count is None else count + head(shape, case)
 
 
@@ -155,6 +160,7 @@ def admit(method: Method, shape: "ModelShape", case: Case) -> None:
         InvalidRequest: says why, and what does work.
     """
     can, kind = method.can, method.kind
+    shape = shape.for_task(case.task)
 
     def refuse(limit: str, seen: str, param: str) -> None:
         why = can.why.get(limit, "it is not defined there")
@@ -173,6 +179,12 @@ def admit(method: Method, shape: "ModelShape", case: Case) -> None:
         refuse("gradient_checkpointing", "with gradient checkpointing", "training.gradient_checkpointing")
     if case.weight_decay and not can.weight_decay:
         refuse("weight_decay", f"with weight_decay {case.weight_decay:g}", "training.weight_decay")
+    if method.needs_tasks and not case.tasks:
+        raise InvalidRequest(
+            f'{kind} learns several tasks: give every row of the training file its "task"',
+            code="method_not_applicable",
+            param="training_file",
+        )
     method.check(shape, case)
 
 

@@ -1,0 +1,73 @@
+"""Every method on every architecture and task it admits: one suite, see `checks`."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from peft_service import methods
+from peft_service.errors import InvalidRequest
+from peft_service.methods import METHODS
+from peft_service.tasks import tasks_of
+
+from tests.methods import bases, checks
+
+ROOT = Path(tempfile.mkdtemp(prefix="methods-"))
+"""Trials are found before fixtures exist: whether a method admits a base depends on the base's shape."""
+TRIALS = checks.trials(ROOT)
+
+
+@pytest.fixture(scope="module")
+def artifacts():
+    """Trial id -> (trial, directory, answers) of those that came through."""
+    return {}
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.id)
+def test_it_holds_what_every_method_must(trial, artifacts, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("artifact") / trial.id
+    found = checks.check_all(trial, ROOT, directory)
+    artifacts[trial.id] = (trial, directory)
+    print(f"{trial.id}: {found}")
+
+
+def test_every_artifact_loads_in_a_fresh_process(artifacts, tmp_path):
+    """A process that knows nothing but the artifact's directory and the base's."""
+    asked = {name: [trial.base, str(directory)] for name, (trial, directory) in artifacts.items()}
+    (tmp_path / "asked.json").write_text(json.dumps({"root": str(ROOT), "artifacts": asked}))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "tests.methods.fresh", str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, timeout=900)
+    told = json.loads((tmp_path / "told.json").read_text())
+    bad = {name: worst for name, worst in told.items() if not worst <= checks.TOLERANCE}
+    assert told.keys() == artifacts.keys()
+    assert not bad
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.id)
+def test_it_learns_32_rows(trial):
+    start, best = checks.learns(trial, ROOT)
+    assert best < 0.75 * start, f"from {start:.3f} to {best:.3f}"
+
+
+@pytest.mark.parametrize("variant", METHODS, ids=lambda v: v.model_fields["kind"].default)
+def test_it_works_somewhere_and_says_why_not_elsewhere(variant):
+    method = checks.example(variant)
+    assert any(trial.method.kind == method.kind for trial in TRIALS)
+    for name in ("title", "family", "paper", "summary", "formula", "use_when"):
+        assert getattr(method, name), name
+    for kind in bases.KINDS:
+        for task in tasks_of(bases.ARCHITECTURES[kind]):
+            trial = checks.Trial(method, kind, task)
+            try:
+                methods.admit(method, checks.shape_of(kind, ROOT), checks.case_of(trial))
+            except InvalidRequest as error:
+                assert len(error.message) > 40, error.message
+                assert error.param
+
+
+def test_names_of_methods_are_spelled_as_people_do():
+    assert methods.names()[methods.spelled("QLoRA")][0] == "lora"
