@@ -1,8 +1,9 @@
 """SSF: y = γ ⊙ x + β behind every linear layer and norm of a frozen transformer.
 
-Lian et al. 2022, arXiv:2210.08823. γ (d_out,) starts at 1 and β (d_out,) at 0, so step 0 is the
-base; `init="paper"` draws both with deviation 0.02 as the authors' code does. Parameters: Σ d_out over the chosen modules, twice where there is a β. γ and β
-become part of weight and bias in a merge; a β where the base has no bias cannot.
+Lian et al. 2022, arXiv:2210.08823. γ (d_out,) starts at 1 and β (d_out,) at 0, so step 0 is the base;
+`init="paper"` draws both with deviation 0.02 as the authors' code does. Parameters: Σ d_out over the chosen
+modules, twice where there is a β. γ and β become part of weight and bias in a merge; a β where the base has
+no bias cannot.
 """
 
 import re

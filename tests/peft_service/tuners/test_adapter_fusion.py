@@ -17,7 +17,7 @@ from tests.peft_service.tuners import adapterhub, bases
 def test_output_and_gradients_are_adapterhubs(kind):
     recorded = golden.load(f"fusion-{kind}")
     members = sorted(
-        {m.group(1) for name in recorded.adapter if (m := re.search(r"adapters\.(\w+)\.", name))}
+        {m.group(1) for name in recorded.adapter if (m := re.search(r"\.adapters\.(\w+)\.", name))}
     )
     config = AdapterFusionConfig(members=members, placement="pfeiffer", bottleneck_size=4)
     model = get_peft_model(recorded.base(), config).eval()
