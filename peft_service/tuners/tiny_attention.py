@@ -107,9 +107,7 @@ class TinyAttention(nn.Module):
 
 def _last(length: int, k: Tensor, v: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if length > k.shape[-2]:
-        raise ValueError(
-            f"{length} keys in the mask, {k.shape[-2]} in the adapter: use a cache that grows, not a fixed one."
-        )
+        raise ValueError(f"{length} keys in the mask, {k.shape[-2]} in the adapter: use a cache that grows.")
     return k[..., -length:, :], v[..., -length:, :], scores[..., -length:]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from peft_service.tuners.adapter_fusion import AdapterFusionConfig
 from peft_service.tuners.bottleneck import BottleneckConfig
 from peft_service.tuners.hadamard import HadamardConfig
+from peft_service.tuners.mtl_lora import MTLLoRAConfig
 from peft_service.tuners.pasta import PastaConfig
 from peft_service.tuners.ssf import SSFConfig
 from peft_service.tuners.tiny_attention import TinyAttentionConfig
@@ -35,6 +36,7 @@ CASES = (
     Case("hadamard", HadamardConfig, {}, merges=("bert", "bart", "gpt2")),
     Case("tiny_attention", TinyAttentionConfig, {}),
     Case("tiny_attention-experts", TinyAttentionConfig, {"size": 4, "heads": 2, "experts": 3}),
+    Case("mtl_lora", MTLLoRAConfig, {"rank": 2}),
     Case("pasta", PastaConfig, {"token_ids": list(range(5, 40)), "vectors": 3}),
     Case("pasta-id", PastaConfig, {"token_ids": list(range(5, 40)), "index_by": "id"}, ("llama",)),
     *(

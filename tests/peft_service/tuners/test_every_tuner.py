@@ -55,7 +55,7 @@ def test_it_trains_with_checkpointing_and_leaves_the_base_alone(case, kind, reen
         model.train()
         model.base_model.model.config.use_cache = False
         _without_functional_dropout(model)
-        (model(**bases.inputs(kind)).logits.float() ** 2).mean().backward()
+        (bases.ready(model)(**bases.inputs(kind)).logits.float() ** 2).mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
