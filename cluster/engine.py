@@ -118,6 +118,7 @@ class ZeroEngine:
         self.model: nn.Module = self.engine
         self.parameters = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
         self._norm = math.nan
+        self._reduced = False
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.world)
@@ -125,7 +126,8 @@ class ZeroEngine:
     def step(self, learning_rate: float) -> float:
         for group in self._optimizer().param_groups:
             group["lr"] = learning_rate * group["ratio"]
-        self.engine.step()
+        with self._not_reduced_twice():
+            self.engine.step()
         if self.stage == 0:
             norm = self._norm
         else:
@@ -143,6 +145,7 @@ class ZeroEngine:
         return total
 
     def gradient(self, name: str) -> Tensor:
+        self._reduce()
         parameter = self.parameters[name]
         if self.stage == 0:
             gradient = parameter.grad
@@ -181,7 +184,7 @@ class ZeroEngine:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.updates = int(state["step"])
-        if self.updates:
+        if self.updates or self._optimizer().state:
             self._create_moments()
         if self.stage == 3:
             with (
@@ -213,6 +216,38 @@ class ZeroEngine:
         """Give the memory and hooks back, so that another engine can be built in this process."""
         self.engine.destroy()
 
+    def _reduce(self) -> None:
+        """Complete the gradients, as DeepSpeed's `step` otherwise does at its beginning: before that they are
+        this rank's own (stages 0, 1) or nowhere that DeepSpeed's accessors look (2, and 3 with offload)."""
+        if self._reduced:
+            return
+        self._reduced = True
+        if self.stage >= 2:
+            self.engine.optimizer.finalize_gradient_accumulation_boundary()
+        else:
+            self.engine._running_engine_step = True  # what makes this backward pass the last one
+            self.engine.allreduce_gradients()
+            self.engine._running_engine_step = False
+
+    @contextlib.contextmanager
+    def _not_reduced_twice(self) -> Iterator[None]:
+        if not self._reduced:
+            yield
+            return
+        self._reduced = False
+        if self.stage >= 2:
+            self.engine.optimizer.finalize_gradient_accumulation_boundary = lambda: None
+            try:
+                yield
+            finally:
+                del self.engine.optimizer.finalize_gradient_accumulation_boundary
+        else:
+            self.engine.enable_backward_allreduce = False
+            try:
+                yield
+            finally:
+                self.engine.enable_backward_allreduce = True
+
     def _optimizer(self) -> torch.optim.Optimizer:
         """torch's optimizer, which ZeRO wraps from stage 1 on."""
         outer = self.engine.optimizer
@@ -229,6 +264,12 @@ class ZeroEngine:
         else:
             flats = self.engine.optimizer.single_partition_of_fp32_groups
         for flat in flats:
+            if flat in optimizer.state:
+                # In place: ZeRO links a parameter to its moments once, and to these tensors.
+                for key in MOMENTS:
+                    optimizer.state[flat][key].zero_()
+                optimizer.state[flat]["step"] = step.clone()
+                continue
             optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in MOMENTS}}
         if self.stage in (1, 2):
             # Private, but the only thing that links the moments to the parameters before a first step; a test

@@ -150,6 +150,7 @@ class LocalEngine:
         for name, parameter in self.parameters.items():
             with torch.no_grad():
                 parameter.copy_(state[f"param.{name}"])
+            self.optimizer.state.pop(parameter, None)
             if int(state["step"]) > 0:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(state["step"])),

@@ -1,0 +1,48 @@
+"""Xattn tuning: exactly the cross-attention, counted by the paper's formula."""
+
+import pytest
+import torch
+
+from peft_service import methods
+from peft_service.errors import InvalidRequest
+from peft_service.methods.xattn import Xattn
+from tests.methods.checks import Live, Trial, case_of, shape_of
+
+D, LAYERS = 32, 2
+
+
+@pytest.mark.parametrize(
+    ("base", "norms", "expected"),
+    [
+        ("t5", False, LAYERS * 4 * D * D),
+        ("t5", True, LAYERS * (4 * D * D + D)),
+        ("bart", False, LAYERS * (4 * D * D + 4 * D)),
+        ("bart", True, LAYERS * (4 * D * D + 4 * D + 2 * D)),
+    ],
+)
+def test_the_papers_count(root, base, norms, expected):
+    live = Live(Trial(Xattn(norms=norms), base, "seq2seq_lm"), root)
+    assert sum(p.numel() for p in live.engine.parameters.values()) == expected
+    assert live.trial.method.trainable(shape_of(base, root), live.case) == expected
+    assert all("decoder" in name for name in live.engine.parameters)
+
+
+def test_the_encoder_says_the_same_before_and_after(root):
+    live = Live(Trial(Xattn(norms=True), "bart", "seq2seq_lm"), root, rate=0.01)
+
+    def encoded():
+        with torch.no_grad():
+            given = live.probe
+            return live.engine.model.eval().get_encoder()(given.tokens_BT, given.mask_BT).last_hidden_state
+
+    before = encoded()
+    for step in range(3):
+        live.step(step)
+    assert torch.equal(before, encoded())
+
+
+@pytest.mark.parametrize(("base", "task"), [("llama", "causal_lm"), ("bert", "token_classification")])
+def test_bases_without_cross_attention_are_refused(root, base, task):
+    trial = Trial(Xattn(), base, task)
+    with pytest.raises(InvalidRequest, match="only encoder-decoders"):
+        methods.admit(trial.method, shape_of(base, root), case_of(trial))
