@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_service.errors import GateFailed, ObjectNotFound
-from peft_service.methods import SERVERS, Method
-from peft_service.spec import Base, FineTuneSpec
+from peft_service.methods import SERVERS, Carrier, Method
+from peft_service.spec import Base, FineTuneSpec, OperationSpec, spec_of
 from peft_service.tasks import AUTO_CLASSES, Task
 from peft_service.store import Store
 from peft_service.variants import Frozen
@@ -123,7 +123,7 @@ def publish(
     proof = Proof.model_validate_json(store.get(f"{staged_prefix}.json"))
     if failed := [check for check in proof.checks if not check.passed]:
         raise GateFailed("; ".join(f"{check.name}: {check.detail}" for check in failed))
-    spec = FineTuneSpec.model_validate(record["spec"])
+    spec = spec_of(record["spec"])
     staged = {file.path: file for file in proof.files}
     config: dict[str, Any] | None = None
     made: dict[str, str] = {}
@@ -145,7 +145,8 @@ def publish(
             "ok": False,
             "reason": "it reads buckets, and this store is a folder",
         }
-    made[CARD] = card(spec, record, proof, compatibility, f"{store.url.rstrip('/')}/{target_prefix}")
+    write = card_of_operation if isinstance(spec, OperationSpec) else card
+    made[CARD] = write(spec, record, proof, compatibility, f"{store.url.rstrip('/')}/{target_prefix}")
     listed = sorted(
         [*copied, *(_file(path, text) for path, text in made.items())], key=lambda file: file.path
     )
@@ -183,6 +184,19 @@ def verify(store: Store, prefix: str) -> dict[str, Any]:
             raise GateFailed(
                 f"{prefix}/{listed['path']} has sha256 {found}, its manifest says {listed['sha256']}"
             )
+    return manifest
+
+
+def download(store: Store, prefix: str, directory: Path) -> dict[str, Any]:
+    """Fetch every file of a published adapter, each as its manifest says; returns the manifest.
+
+    Raises:
+        ObjectNotFound, GateFailed: as `verify`.
+    """
+    manifest = verify(store, prefix)
+    for file in manifest["files"]:
+        (directory / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+        store.download(f"{prefix}/{file['path']}", directory / file["path"])
     return manifest
 
 
@@ -244,6 +258,80 @@ def compatibility_of(config: Mapping[str, Any] | None, method: Method) -> dict[s
     }
 
 
+def card_of_operation(
+    spec: OperationSpec,
+    record: Mapping[str, Any],
+    proof: Proof,
+    compatibility: Mapping[str, Mapping[str, Any]],
+    location: str,
+) -> str:
+    """README.md of what an operation made: from which adapters, how, and with which measured error."""
+    carrier, operation = spec.method.can.carrier, spec.operation
+    front = {
+        "base_model": spec.base.id,
+        "base_model_relation": "merge" if carrier == "model" else "adapter",
+        "library_name": "transformers" if carrier == "model" else "peft",
+        "pipeline_tag": _PIPELINES[spec.task],
+        "tags": [operation.kind, f"base_model:adapter:{spec.base.id}", "transformers"],
+    }
+    settings = [f"| {name} | {value} |" for name, value in operation.model_dump().items()]
+    checks = [f"- {check.name}: {check.detail}" for check in proof.checks]
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+            "---",
+            "",
+            f"# {record['name']}-v{record['version']:04d}",
+            "",
+            f"{operation.title}: {operation.summary}",
+            f"Made by job `{record['job']}` of peft-service, without training.",
+            "",
+            "## Load it",
+            "",
+            "```python",
+            *_loading(carrier, spec.task, spec.base.id, len(spec.labels)),
+            'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
+            "```",
+            "",
+            f"It lies at `{location}`.",
+            "",
+            *_servers(compatibility),
+            "",
+            "## Made from",
+            "",
+            f"- base: `{spec.base.id}`, revision `{spec.base.revision}`, digest `{spec.base.digest}`",
+            *(
+                f"- {source.reference} ({source.method}), `{source.id}`, digest `{source.digest}`"
+                for source in spec.sources
+            ),
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *settings,
+            "",
+            "## Measured",
+            "",
+            "| what | value |",
+            "|---|---|",
+            *(f"| {name} | {value:.3g} |" for name, value in sorted(record["metrics"].items())),
+            "",
+            "## Proven before it was published",
+            "",
+            *checks,
+            "",
+        ]
+    )
+
+
+def _servers(compatibility: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        f"- {server}: {'yes' if said['ok'] else 'no, ' + str(said['reason'])}"
+        + (f" (`--max-lora-rank {said['needs']['max_lora_rank']}` at least)" if said.get("needs") else "")
+        for server, said in compatibility.items()
+    ]
+
+
 def card(
     spec: FineTuneSpec,
     record: Mapping[str, Any],
@@ -263,11 +351,6 @@ def card(
     reference = f"{record['name']}-v{record['version']:04d}"
     rows = [f"| {name} | {value} |" for name, value in _hyperparameters(spec)]
     metrics = [f"| {name} | {value:.4f} |" for name, value in sorted(record["metrics"].items())]
-    loads = [
-        f"- {server}: {'yes' if said['ok'] else 'no, ' + str(said['reason'])}"
-        + (f" (`--max-lora-rank {said['needs']['max_lora_rank']}` at least)" if said.get("needs") else "")
-        for server, said in compatibility.items()
-    ]
     checks = [f"- {check.name}: {check.detail}" for check in proof.checks]
     data = [f"- training: {spec.data.training.rows} rows, sha256 `{spec.data.training.sha256}`"]
     if spec.data.validation:
@@ -290,13 +373,13 @@ def card(
             "## Load it",
             "",
             "```python",
-            *_loading(spec, task),
+            *_loading(carrier, task, spec.base.id, len(spec.data.training.labels)),
             'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
             "```",
             "",
             f"It lies at `{location}`. Tokenizer and chat template of this folder are those of the training.",
             "",
-            *loads,
+            *_servers(compatibility),
             "",
             "## Result",
             "",
@@ -339,13 +422,13 @@ def _task_of(spec: FineTuneSpec) -> Task:
     return "seq2seq_lm" if task == "causal_lm" and spec.base.architecture == "encoder_decoder" else task
 
 
-def _loading(spec: FineTuneSpec, task: Task) -> list[str]:
+def _loading(carrier: Carrier, task: Task, base: str, labels: int) -> list[str]:
     """Lines of Python that load the artifact."""
-    carrier, name = spec.method.can.carrier, AUTO_CLASSES[task]
+    name = AUTO_CLASSES[task]
     head = ""
-    if spec.data.training.labels and task != "question_answering" and carrier != "model":
-        head = f", num_labels={len(spec.data.training.labels)}"
-    source = "this/folder" if carrier == "model" else spec.base.id
+    if labels and task != "question_answering" and carrier != "model":
+        head = f", num_labels={labels}"
+    source = "this/folder" if carrier == "model" else base
     lines = [
         f"from transformers import {name}, AutoTokenizer",
         "",

@@ -18,7 +18,7 @@ from peft_service import adapter, artifact, base_model, checkpoint, gate, method
 from peft_service.errors import GateFailed, InvalidRequest, PeftServiceError, RunFailed
 from peft_service.metrics import MetricsWriter
 from peft_service.methods import Case, Material
-from peft_service.spec import Base, DataFile, FineTuneSpec, Training, case_of
+from peft_service.spec import Base, DataFile, FineTuneSpec, Spec, Training, case_of
 from peft_service.store import Store
 from peft_service.variants import Frozen
 
@@ -40,19 +40,23 @@ CACHE = Path("~/.cache/peft-service/bases")
 """Where bases from s3:// and hf:// are kept between runs, on every machine."""
 
 
-class RunInput(Frozen):
+class Attempt(Frozen):
     """`<run>/input.json`: everything an attempt is told."""
 
     job: str
     attempt: int
     project: str
-    spec: FineTuneSpec
+    spec: Spec
     plan: dict[str, Any] = Field(default_factory=dict)
     """cluster.plan.Plan as JSON; what is needed of it here comes as arguments."""
 
     @property
     def prefix(self) -> str:
         return f"{self.project}/runs/{self.job}/{self.attempt}"
+
+
+class RunInput(Attempt):
+    spec: FineTuneSpec
 
 
 class Outcome(Frozen):
@@ -102,7 +106,7 @@ def prepare(run: RunInput, store: Store, workdir: Path) -> Prepared:
     metrics = MetricsWriter(store, run.prefix)
     metrics.phase("tokenising")
     directory = base_model.fetch(spec.base, CACHE.expanduser())
-    _is_registered(spec.base, directory)
+    is_registered(spec.base, directory)
     shape = base_model.shape_of_directory(directory, spec.base.uri)
     case = case_of(spec, shape)
     methods.admit(spec.method, shape, case)
@@ -319,7 +323,7 @@ def conclude(
     return Outcome(state="succeeded", **_facts(result))
 
 
-def write_outcome(store: Store, run: RunInput, outcome: Outcome) -> None:
+def write_outcome(store: Store, run: Attempt, outcome: Outcome) -> None:
     store.put(f"{run.prefix}/outcome.json", outcome.model_dump_json().encode())
 
 
@@ -364,8 +368,12 @@ def _facts(result: WorkResult) -> dict[str, Any]:
     return {"step": result.step, "trained_tokens": result.trained_tokens, "metrics": result.metrics}
 
 
-def _is_registered(base: Base, directory: Path) -> None:
-    """Weights that changed under a job would give an adapter for a model that nobody has."""
+def is_registered(base: Base, directory: Path) -> None:
+    """Weights that changed under a job would give an adapter for a model that nobody has.
+
+    Raises:
+        RunFailed: they did.
+    """
     if base.digest is None or base.uri.startswith("hf://"):  # a Hub base is pinned by its commit
         return
     found = base_model.digest_of_directory(directory)
@@ -452,10 +460,7 @@ def _material(
     sources = []
     for number, source in enumerate(spec.sources):
         directory = workdir / f"source-{rank}-{number}"
-        manifest = adapter.verify(store, source.key)
-        for file in manifest["files"]:
-            (directory / file["path"]).parent.mkdir(parents=True, exist_ok=True)
-            store.download(f"{source.key}/{file['path']}", directory / file["path"])
+        adapter.download(store, source.key, directory)
         sources.append(directory)
 
     def sample(count: int) -> "list[Batch]":

@@ -4,14 +4,16 @@ The same spec gives the same adapter, up to rounding, on one worker or many: so 
 batch and never a microbatch per GPU as its meaning. What the cluster makes of it is `cluster.plan.Plan`.
 """
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from peft_service.methods import AnyMethod, Case
 from peft_service.objectives import AnyObjective
 from peft_service.objectives.sft import SFT
-from peft_service.tasks import Architecture
+from peft_service.operations import AnyOperation
+from peft_service.tasks import Architecture, Task
 from peft_service.variants import Frozen
 
 if TYPE_CHECKING:
@@ -130,20 +132,40 @@ class Resources(Frozen):
         return value
 
 
-class FineTuneSpec(Frozen):
-    """One run, fully described; immutable once a job exists."""
+class Spec(Frozen):
+    """What every job says; immutable once the job exists."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """The adapter's name in the catalog; its versions count up."""
     base: Base
     method: AnyMethod
+    sources: tuple[Source, ...] = ()
+    """The adapters that it starts from, in the order of the request."""
+    resources: Resources = Resources()
+
+
+class OperationSpec(Spec):
+    """Something is made from published adapters, without training; `method` is what the result is."""
+
+    operation: AnyOperation
+    task: Task = "causal_lm"
+    labels: tuple[str, ...] = ()
+    """Of a classifying task: what the sources were trained for."""
+    resources: Resources = Resources(workers=1, gpus_per_worker=0, elastic=False)
+
+
+class FineTuneSpec(Spec):
+    """One run, fully described."""
+
     objective: AnyObjective = SFT()
     data: Data
-    sources: tuple[Source, ...] = ()
-    """The adapters that the method's own `sources` name, in that order."""
     training: Training
-    resources: Resources = Resources()
     seed: int = Field(0, ge=0, le=2**31 - 1)
+
+
+def spec_of(told: Mapping[str, Any]) -> FineTuneSpec | OperationSpec:
+    """The spec in its JSON form."""
+    return (OperationSpec if "operation" in told else FineTuneSpec).model_validate(told)
 
 
 def case_of(spec: FineTuneSpec, shape: "ModelShape", rows: int | None = None) -> Case:
