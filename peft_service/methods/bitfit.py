@@ -46,10 +46,8 @@ class BitFit(Method):
         from peft_service.tuners.sites import shape_of
 
         parameters = dict(model.named_parameters())
-        names = [
-            name for name in body(model) if parameters[name].dim() == 1 or hasattr(parameters[name], "ds_id")
-        ]
-        return InPlace(model, self.kind, [name for name in names if self._trains(name)])
+        vectors = [name for name in body(model) if len(shape_of(parameters[name])) == 1]
+        return InPlace(model, self.kind, [name for name in vectors if self._trains(name)])
 
     def trainable(self, shape: "ModelShape", case: Case) -> int:
         return sum(size for name, size in shape.for_task(case.task).biases if self._trains(name))
@@ -58,8 +56,8 @@ class BitFit(Method):
         biases = shape.for_task(case.task).biases
         if not biases:
             raise InvalidRequest(
-                f"bitfit trains bias vectors, and this {shape.model_type or 'base'} has none. What does the "
-                "like there: kind peft with type BEFT (adds biases to linear layers) or LN_TUNING (trains the "
+                f"bitfit trains bias vectors, and this {shape.model_type or 'base'} has none. What does "
+                "the like there: kind peft with type BEFT (adds biases to linear layers) or LN_TUNING (trains the "
                 "norms), or kind ia3 (scales keys, values and the feed-forward network).",
                 code="method_not_applicable",
                 param="adapter.kind",
