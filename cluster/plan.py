@@ -14,7 +14,7 @@ from peft_service import methods
 from peft_service.base_model import ModelShape
 from peft_service.batches import steps_of
 from peft_service.errors import DoesNotFit, InvalidRequest
-from peft_service.spec import FineTuneSpec, case_of
+from peft_service.spec import FineTuneSpec, OperationSpec, case_of
 from peft_service.variants import Frozen
 
 Precision = Literal["fp32", "bf16"]
@@ -139,6 +139,56 @@ def make_plan(spec: FineTuneSpec, shape: ModelShape, capacity: Capacity) -> Plan
             nearest = plan
     assert nearest is not None
     raise _does_not_fit(spec, nearest, capacity)
+
+
+def operation_plan(spec: OperationSpec, shape: ModelShape, capacity: Capacity) -> Plan:
+    """An operation's plan: one CPU process that holds the base in float32, changed and unchanged.
+
+    Its gate, a process of its own, holds as much.
+
+    Raises:
+        DoesNotFit: no node has that much memory.
+    """
+    weights = 4 * shape.parameters
+    host = 2 * RUNTIME_BYTES + 5 * weights
+    plan = Plan(
+        workers=1,
+        cpus_per_worker=max(1.0, spec.resources.cpus_per_worker),
+        gpus_per_worker=0,
+        zero_stage=0,
+        offload_optimizer=False,
+        offload_parameters=False,
+        precision="fp32",
+        microbatch=1,
+        gradient_accumulation=1,
+        rows_per_step=0,
+        steps=0,
+        gradient_checkpointing=False,
+        trainable_parameters=0,
+        memory=Memory(
+            weights=weights,
+            gradients=0,
+            optimizer=0,
+            activations=0,
+            logits=0,
+            runtime=2 * RUNTIME_BYTES,
+            device=0,
+            host=host,
+        ),
+        arithmetic=(
+            f"{spec.operation.kind}, without training: one process on a CPU",
+            f"base: {_count(shape.parameters)} parameters in float32, {_size(weights)}; five times that at most, "
+            f"with the process that proves the result: {_size(host)}",
+        ),
+    )
+    if not fits([plan.demand], capacity.nodes):
+        largest = max((node.memory_bytes for node in capacity.nodes), default=0)
+        raise DoesNotFit(
+            f"this operation needs {_size(host)} on one node, and the largest has {_size(largest)}",
+            param="operation",
+            details={"needed": plan.demand.model_dump(), "largest": {"memory_bytes_per_worker": largest}},
+        )
+    return plan
 
 
 def shrink(plan: Plan, spec: FineTuneSpec, shape: ModelShape, capacity: Capacity) -> Plan | None:

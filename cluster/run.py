@@ -8,6 +8,7 @@ newest checkpoint. So there is one retry mechanism, and Ray Train's own is switc
 import argparse
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import stat
@@ -24,7 +25,8 @@ from cluster.plan import Plan
 from peft_service import gate
 from peft_service.errors import InvalidRequest, PeftServiceError, RunFailed, StoreError
 from peft_service.metrics import MetricsWriter
-from peft_service.run import Outcome, Prepared, RunInput, WorkResult, conclude, failed, prepare, write_outcome
+from peft_service.operate import OperationInput
+from peft_service.run import Attempt, Outcome, Prepared, RunInput, WorkResult, conclude, failed, prepare, write_outcome
 from peft_service.store import Store, open_store, patient
 
 log = logging.getLogger("cluster.run")
@@ -50,11 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
         # A second driver of a finished attempt (Ray may restart one) must not touch what is published.
         log.info("%s has its outcome already; nothing to do", options.run)
         return 0
-    run = RunInput.model_validate_json(store.get(f"{options.run}/input.json"))
+    told = json.loads(store.get(f"{options.run}/input.json"))
+    kind = OperationInput if "operation" in told["spec"] else RunInput
+    run: OperationInput | RunInput = kind.model_validate(told)
     if run.prefix != options.run:
         raise InvalidRequest(f"input.json under {options.run} is that of {run.prefix}")
     try:
-        outcome = drive(run, store, options.store, options.patience)
+        if isinstance(run, OperationInput):
+            outcome = operate(run, options.store, options.patience)
+        else:
+            outcome = drive(run, store, options.store, options.patience)
         write_outcome(store, run, outcome)
         log.info("outcome: %s", outcome.model_dump_json())
     finally:
@@ -88,6 +95,25 @@ def drive(run: RunInput, store: Store, store_url: str, patience: float) -> Outco
                 raise
             log.info("the run failed: %s", own.message)
             return failed(own)
+
+
+def operate(run: OperationInput, store_url: str, patience: float) -> Outcome:
+    """Have an operation done where the plan's memory is: this process may be on a small machine.
+
+    Raises:
+        Exception: the task was lost: the attempt has no outcome.
+    """
+    import ray
+
+    from cluster import worker
+
+    _connect()
+    plan = Plan.model_validate(run.plan)
+    task = ray.remote(worker.operation).options(
+        num_cpus=plan.cpus_per_worker, memory=plan.memory.host, max_retries=0
+    )
+    config = {"run": run.model_dump(mode="json"), "store": store_url, "patience": patience}
+    return Outcome.model_validate(ray.get(task.remote(config)))
 
 
 def train(run: RunInput, prepared: Prepared, store_url: str, patience: float, workdir: Path) -> WorkResult:
@@ -179,7 +205,7 @@ class _Background(Generic[T]):
         return self._value[0]
 
 
-def _keep_log(store: Store, run: RunInput) -> None:
+def _keep_log(store: Store, run: Attempt) -> None:
     """Copy the end of our own output, which Ray has put into a file (the workers' is in it), to the store."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -66,6 +66,17 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     return dataclasses.asdict(result)
 
 
+def operation(config: dict[str, Any]) -> dict[str, Any]:
+    """Do an operation on adapters, as one Ray task; the outcome goes back to the driver."""
+    from peft_service.operate import OperationInput, operate
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    store = patient(open_store(config["store"]), config["patience"])
+    with tempfile.TemporaryDirectory(prefix="peft-") as workdir:
+        run = OperationInput.model_validate(config["run"])
+        return operate(run, store, Path(workdir)).model_dump(mode="json")
+
+
 @contextlib.contextmanager
 def _told_what_to_do(plan: Plan) -> Any:
     """Running out of GPU memory happens again on every retry, so it is the run's own failure."""

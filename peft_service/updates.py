@@ -226,3 +226,14 @@ def write_lora(
 
 def _whole(value: float) -> Any:
     return round(value) if value == round(value) else value
+
+
+def added(model: Any, changes: Mapping[str, Tensor]) -> Any:
+    """`model` with these updates in its linear layers' weights."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.no_grad():
+        for name, change in changes.items():
+            layer: Any = model.get_submodule(name)
+            layer.weight += (change.T if isinstance(layer, Conv1D) else change).to(layer.weight.dtype)
+    return model
