@@ -58,6 +58,7 @@ class Chat(Format):
             messages=tuple(map(template_message, row["messages"])),
             trained=tuple(map(is_trained, row["messages"])),
             tools=tuple(row.get("tools") or ()),
+            task=row.get("task"),
         )
 
     def roles(self, row: dict[str, Any]) -> Iterable[str]:

@@ -54,6 +54,7 @@ class Instruction(Format):
             trained=tuple(message["role"] == "assistant" for message in messages),
             prompt=plain_prompt(row),
             completion=row["output"],
+            task=row.get("task"),
         )
 
 

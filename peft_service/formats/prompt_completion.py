@@ -55,11 +55,12 @@ class PromptCompletion(Format):
 
     def messages_or_text(self, row: dict[str, Any]) -> Example:
         if isinstance(row["prompt"], str):
-            return Example(prompt=row["prompt"], completion=row["completion"])
+            return Example(prompt=row["prompt"], completion=row["completion"], task=row.get("task"))
         return Example(
             messages=tuple(map(template_message, [*row["prompt"], *row["completion"]])),
             trained=(False,) * len(row["prompt"]) + tuple(map(is_trained, row["completion"])),
             tools=tuple(row.get("tools") or ()),
+            task=row.get("task"),
         )
 
     def roles(self, row: dict[str, Any]) -> Iterable[str]:

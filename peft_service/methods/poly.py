@@ -1,0 +1,85 @@
+"""Poly: every task has its own mix of a few LoRAs, its skills.  Ponti et al. 2022, arXiv:2202.13914.
+
+    y = W x + (1 / rank) B_t A_t x      A_t = Σ_i w_ti A_i,  B_t = Σ_i w_ti B_i,  w_t = z_t / Σ_i z_ti
+
+A_i (rank, d_in), B_i (d_out, rank) for i = 1…skills. z_t is a relaxed Bernoulli variable (temperature 1) of the
+logits of task t while training, and its mean's sigmoid afterwards. With `splits` H > 1 inputs and outputs are cut
+into H parts, each with a mix of its own: multi-head routing (Caccia et al. 2022, arXiv:2211.03831).
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from peft_service.errors import InvalidRequest
+from peft_service.methods import Capabilities, Case, Material, Method, adapted
+
+if TYPE_CHECKING:
+    from peft_service.attached import Attached
+    from peft_service.base_model import ModelShape
+
+
+class Poly(Method):
+    kind: Literal["poly"] = "poly"
+    rank: int = Field(8, ge=1, le=512)
+    skills: int = Field(4, ge=1, le=64)
+    """S, the LoRAs that all tasks share."""
+    splits: int = Field(1, ge=1, le=64)
+    """H, parts of a layer that are mixed on their own."""
+    sampled: bool = True
+    """Draw z anew at every step, as the papers do; false trains with its mean."""
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+    """Last parts of the module names that are adapted; None: every linear layer of the transformer's blocks."""
+
+    learning_rate: ClassVar[float] = 1e-3
+    title: ClassVar[str] = "Poly"
+    family: ClassVar[str] = "multi-task"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2202.13914"
+    summary: ClassVar[str] = "A few LoRAs that all tasks share, and for each task its own mix of them."
+    formula: ClassVar[str] = (
+        "y = W x + (1 / rank) (Σ w_ti B_i)(Σ w_ti A_i) x; skills * rank * (d_in + d_out) + tasks * splits * skills "
+        "values a layer"
+    )
+    use_when: ClassVar[str] = "Many related tasks with few rows each: they share what they have in common."
+    limits: ClassVar[str] = (
+        "Whoever serves it passes task_ids, one number a row (the place of the task among the sorted names), to "
+        "forward and generate, with beams once a beam; no adapter server does, plain peft with its own loop does. "
+        "While training, z is drawn once a step and task, not once a row, so that it does not depend on the number "
+        "of workers. There is no alpha and no dropout in peft's implementation."
+    )
+    aliases: ClassVar[dict[str, dict[str, Any]]] = {"polytropon": {}, "mhr": {"splits": 8}}
+    needs_tasks: ClassVar[bool] = True
+    small: ClassVar[dict[str, Any]] = {"rank": 4, "skills": 3, "splits": 2}
+    can: ClassVar[Capabilities] = Capabilities(
+        mergeable=False,
+        servers=("peft",),
+        why={
+            "mergeable": "every task has other weights; train a lora for each task to merge one",
+            "servers": "the mix depends on the row's task, which only peft passes on: train lora for vLLM",
+        },
+    )
+
+    def attach(self, model: Any, case: Case, material: Material) -> "Attached":
+        from peft_service.tuners.poly import attach_poly
+
+        return attach_poly(model, case, self)
+
+    def trainable(self, shape: "ModelShape", case: Case) -> int:
+        layers = adapted(shape, self.targets)
+        skills = sum(self.skills * self.rank * (d_in + d_out) for _, d_out, d_in in layers)
+        return skills + len(layers) * len(case.tasks) * self.splits * self.skills
+
+    def check(self, shape: "ModelShape", case: Case) -> None:
+        if shape.model_type == "gpt2":
+            raise InvalidRequest(
+                "peft's Poly adapts only linear layers, and gpt2's are of another kind (Conv1D): use mtl_lora there.",
+                code="method_not_applicable",
+                param="adapter.kind",
+            )
+        for name, d_out, d_in in adapted(shape, self.targets):
+            if d_in % self.splits or d_out % self.splits:
+                raise InvalidRequest(
+                    f"splits {self.splits} cannot cut {name} ({d_in} to {d_out}) into equal parts: set splits to a "
+                    "divisor of both, or to 1.",
+                    param="adapter.splits",
+                )
