@@ -1,4 +1,5 @@
-"""LoRA is loralib's and AdapterHub's, and its other first values are peft's, without peft's change of the base."""
+"""LoRA is loralib's and AdapterHub's, and its other first values are peft's, without peft's change of the
+base."""
 
 import pytest
 import torch
