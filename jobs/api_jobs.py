@@ -106,7 +106,11 @@ class Job(BaseModel):
     """The method with all its values; `id` and `version` once it is published."""
     base: dict[str, Any]
     training: dict[str, Any]
-    """Every value that training uses, "auto" resolved."""
+    """Every value that training uses, "auto" resolved; empty where nothing is trained."""
+    operation: dict[str, Any] | None
+    """What is done to `sources` instead of training, with all its values."""
+    sources: list[dict[str, Any]]
+    """Published adapters that it starts from."""
     resources: dict[str, Any]
     priority: int
     attempt: int
@@ -203,7 +207,7 @@ class Prepared:
 @router.post("/fine_tuning/jobs", tags=["fine-tuning"], openapi_extra=json_request(CreateJob))
 def create_job(caller: AsCaller, request: Request, raw: Raw) -> Job:
     """Submit a job. A request that the client repeats makes one job only."""
-    idempotency_key = _idempotency_key(request)
+    idempotency_key = idempotency_key_of(request)
     prepared = prepare(caller, raw)
     body, spec = prepared.wanted.body, prepared.resolved.spec
     if prepared.plan is None:
@@ -328,12 +332,12 @@ def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
     known = Known(base.base, base.info.get("context_length"))
     sources = _sources(caller, getattr(wanted.method, "sources", ()), base.base)
     resolved = requests.resolve(wanted, training, validation, known, base.model_shape, sources)
-    capacity = _capacity(caller)
+    capacity = seen_capacity(caller)
     plan = None if capacity is None else make_plan(resolved.spec, base.model_shape, capacity)
     return Prepared(wanted, resolved, base, plan)
 
 
-def _capacity(caller: Caller) -> Capacity | None:
+def seen_capacity(caller: Caller) -> Capacity | None:
     """The training cluster as the scheduler last saw it; None before that, or while it has no nodes."""
     with reading(caller.engine) as conn:
         snapshot = conn.scalar(select(capacity_table.c.snapshot))
@@ -354,7 +358,7 @@ def _data(caller: Caller, file: str) -> PreflightData:
     )
 
 
-def _idempotency_key(request: Request) -> str | None:
+def idempotency_key_of(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
     if key is not None and not re.match(r"^[\x21-\x7e]{1,255}$", key):
         raise InvalidRequest(
@@ -527,7 +531,8 @@ def job_of(row: JobRow, position: int | None) -> Job:
     adapter = dict(spec["method"])
     if row.adapter_id is not None:
         adapter |= {"id": row.adapter_id, "version": row.adapter_version}
-    validation = spec["data"]["validation"]
+    data = spec.get("data") or {"training": {"id": ""}, "validation": None}
+    validation = data["validation"]
     return Job(
         id=row.id,
         model=spec["base"]["id"],
@@ -538,12 +543,12 @@ def job_of(row: JobRow, position: int | None) -> Job:
         result_files=row.result_files,
         status=row.state,
         validation_file=None if validation is None else validation["id"],
-        training_file=spec["data"]["training"]["id"],
+        training_file=data["training"]["id"],
         hyperparameters=hyperparameters,
         trained_tokens=row.trained_tokens,
         error=None if row.error is None else JobError(**row.error),
         user_provided_suffix=request.get("suffix"),
-        seed=spec["seed"],
+        seed=spec.get("seed", 0),
         estimated_finish=_estimated_finish(row),
         integrations=[],
         metadata=row.metadata or None,
@@ -557,7 +562,9 @@ def job_of(row: JobRow, position: int | None) -> Job:
         plan=row.plan,
         adapter=adapter,
         base=spec["base"],
-        training=spec["training"],
+        training=spec.get("training") or {},
+        operation=spec.get("operation"),
+        sources=spec.get("sources", []),
         resources=spec["resources"],
         priority=row.priority,
         attempt=row.attempt,
@@ -565,7 +572,9 @@ def job_of(row: JobRow, position: int | None) -> Job:
 
 
 def _hyperparameters(spec: dict[str, Any]) -> JobHyperparameters:
-    training = spec["training"]
+    training = spec.get("training")
+    if training is None:  # an operation trains nothing
+        return JobHyperparameters(n_epochs=0, batch_size=0, learning_rate_multiplier=0, learning_rate=0)
     method = requests.methods_by_kind().get(spec["method"]["kind"])
     rate = training["learning_rate"] if method is None else method.learning_rate
     return JobHyperparameters(

@@ -552,6 +552,59 @@ def pull(
         _note(f"{found.name}@{found.version}: every checksum is right")
 
 
+@app.command()
+def operate(
+    kind: Annotated[
+        str | None, typer.Argument(help="merge, unmerge, convert, combine, truncate. Without it: what there is.")
+    ] = None,
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, name@version or ids.")
+    ] = None,
+    name: Name = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A field of the operation: rank=8. May be repeated."),
+    ] = None,
+    priority: Priority = None,
+    metadata: Metadata = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Stay, and show the job until it ends.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make something of published adapters without training: a merged model, a LoRA, a weighted sum."""
+    with _client() as client:
+        if kind is None:
+            found = list(client.operations())
+            if as_json:
+                _json([item.model_dump() for item in found])
+                return
+            rows = [
+                (f"{item.kind} {way['name']}".strip(), "yes" if way["exact"] else "no", way["summary"])
+                for item in found
+                for way in ({"name": "", "exact": item.exact, "summary": item.summary}, *item.ways)
+            ]
+            _table(("operation", "exact", "what"), rows)
+            return
+        if not adapters:
+            raise InvalidRequest(
+                f"{kind} of which adapters? `peft-service adapters` lists them", param="adapters"
+            )
+        body: dict[str, Any] = {"operation": {"kind": kind}, "adapters": adapters}
+        for path, text in _pairs(set_, "--set").items():
+            _put(body["operation"], path, _value(text))
+        pairs = _pairs(metadata, "--metadata")
+        given = {"name": name, "priority": priority, "metadata": pairs or None}
+        job = client.operate({**body, **{key: value for key, value in given.items() if value is not None}})
+        if watch:
+            _watch(client, job.id, as_json)
+        elif as_json:
+            _json(job.model_dump())
+        else:
+            print(job.id)
+            _note(f"{job.status}; `peft-service watch {job.id}` shows it")
+
+
 # ------------------------------------------------------------------------------------------------------ keys
 
 

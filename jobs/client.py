@@ -143,6 +143,15 @@ class MethodInfo(Answer):
     summary: str = ""
 
 
+class OperationInfo(Answer):
+    """Something that can be done to adapters; its `schema` is among what the service adds."""
+
+    kind: str
+    exact: bool
+    summary: str = ""
+    ways: list[dict[str, Any]] = []
+
+
 class Adapter(Answer):
     id: str
     name: str
@@ -387,6 +396,13 @@ class Client:
 
     def methods(self) -> Iterator[MethodInfo]:
         return self._pages(MethodInfo, "methods", {})
+
+    def operations(self) -> Iterator[OperationInfo]:
+        return self._pages(OperationInfo, "operations", {})
+
+    def operate(self, body: Mapping[str, Any]) -> Job:
+        """Start an operation on adapters; `body` is that of `POST /v1/adapters/operations`."""
+        return Job.model_validate(self._json("POST", "adapters/operations", dict(body)))
 
     def adapters(
         self,

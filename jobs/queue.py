@@ -54,7 +54,7 @@ from jobs.db import (
     writing,
 )
 from peft_service.errors import Conflict, InvalidRequest, NotFound, PeftServiceError
-from peft_service.spec import FineTuneSpec
+from peft_service.spec import FineTuneSpec, OperationSpec
 
 RETRY_WINDOW_SECONDS = 600
 """The OpenAI client retries a POST without an idempotency key: within this time the body is the key."""
@@ -72,7 +72,7 @@ class LeaseLost(PeftServiceError):
 @dataclass(frozen=True)
 class NewJob:
     project_id: str
-    spec: FineTuneSpec
+    spec: FineTuneSpec | OperationSpec
     request: dict[str, Any]
     """The body as the client sent it, for the answer."""
     body_hash: str
@@ -235,15 +235,21 @@ def submit(source: Source, new: NewJob) -> JobRow:
         if new.metadata:
             rows = [{"job_id": job, "key": key, "value": value} for key, value in new.metadata.items()]
             conn.execute(job_metadata.insert(), rows)
-        data = new.spec.data
-        checked = [file.id for file in (data.training, data.validation) if file is not None]
-        words = [
-            f"Validating training file: {checked[0]}",
-            *(f"Validating validation file: {id}" for id in checked[1:]),
-        ]
-        messages = [f"Created fine-tuning job: {job}", *words, "Files validated, moving job to queued state"]
-        _append(conn, job, [Event(message) for message in messages])
+        _append(conn, job, [Event(message) for message in _created(job, new.spec)])
         return _one(conn, jobs.c.id == job)
+
+
+def _created(job: str, spec: FineTuneSpec | OperationSpec) -> list[str]:
+    if isinstance(spec, OperationSpec):
+        names = ", ".join(source.reference for source in spec.sources)
+        return [f"Created job: {job}, {spec.operation.kind} of {names}"]
+    checked = [file.id for file in (spec.data.training, spec.data.validation) if file is not None]
+    return [
+        f"Created fine-tuning job: {job}",
+        f"Validating training file: {checked[0]}",
+        *(f"Validating validation file: {id}" for id in checked[1:]),
+        "Files validated, moving job to queued state",
+    ]
 
 
 def _same_request(conn: Connection, new: NewJob) -> JobRow | None:

@@ -42,7 +42,7 @@ from jobs.queue import Event, JobRow, Lease, LeaseLost, Live
 from peft_service import adapter as adapter_files
 from peft_service import catalog
 from peft_service.errors import ObjectExists, ObjectNotFound, RunFailed, StoreError
-from peft_service.spec import FineTuneSpec
+from peft_service.spec import spec_of
 from peft_service.store import Store
 
 log = logging.getLogger(__name__)
@@ -510,7 +510,7 @@ class Scheduler:
         """
         if row.phase != "publishing":
             queue.report(self._engine, lease, values={"phase": "publishing", "status_reason": None})
-        spec = FineTuneSpec.model_validate(row.spec)
+        spec = spec_of(row.spec)
         version = queue.reserve_version(self._engine, lease)
         location = catalog.location_of(
             row.project_id,

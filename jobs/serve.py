@@ -106,20 +106,22 @@ def api_app() -> "FastAPI":
 def scheduler_of(settings: Settings) -> "Scheduler":
     """The scheduler with everything it works with."""
     from cluster import capacity
-    from cluster.plan import Capacity, Plan, make_plan, shrink
+    from cluster.plan import Capacity, Plan, make_plan, operation_plan, shrink
     from jobs import base_models
     from jobs.db import connect
     from jobs.queue import JobRow
     from jobs.scheduler import Pace, Scheduler
-    from peft_service.spec import FineTuneSpec
+    from peft_service.spec import OperationSpec, spec_of
     from peft_service.store import open_store
 
     engine = connect(settings.database_url)
     dashboard = training_dashboard(settings)
 
     def replan(row: JobRow, nodes: Capacity) -> Plan | None:
-        spec = FineTuneSpec.model_validate(row.spec)
+        spec = spec_of(row.spec)
         shape = base_models.get(engine, spec.base.id).model_shape
+        if isinstance(spec, OperationSpec):
+            return operation_plan(spec, shape, nodes)
         if not row.plan:
             return make_plan(spec, shape, nodes)
         return shrink(Plan.model_validate(row.plan), spec, shape, nodes)

@@ -145,8 +145,11 @@ def publish(
             "ok": False,
             "reason": "it reads buckets, and this store is a folder",
         }
-    write = card_of_operation if isinstance(spec, OperationSpec) else card
-    made[CARD] = write(spec, record, proof, compatibility, f"{store.url.rstrip('/')}/{target_prefix}")
+    location = f"{store.url.rstrip('/')}/{target_prefix}"
+    if isinstance(spec, OperationSpec):
+        made[CARD] = card_of_operation(spec, record, proof, compatibility, location)
+    else:
+        made[CARD] = card(spec, record, proof, compatibility, location)
     listed = sorted(
         [*copied, *(_file(path, text) for path, text in made.items())], key=lambda file: file.path
     )

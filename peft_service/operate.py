@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from peft_service import adapter, artifact, base_model, gate
-from peft_service.errors import GateFailed, InvalidRequest, RunFailed
+from peft_service.errors import GateFailed, InvalidRequest, ObjectNotFound, RunFailed
 from peft_service.methods import Case
 from peft_service.metrics import MetricsWriter
 from peft_service.operations import Work
@@ -60,7 +60,13 @@ def _operated(run: OperationInput, store: Store, workdir: Path) -> Outcome:
     sources = []
     for number, source in enumerate(spec.sources):
         directory = workdir / f"source-{number}"
-        adapter.download(store, source.key, directory)
+        try:
+            adapter.download(store, source.key, directory)
+        except ObjectNotFound as error:
+            raise RunFailed(
+                f"the adapter {source.reference} was deleted after this job was submitted: {error.message}",
+                code="adapter_gone",
+            ) from error
         sources.append(directory)
     metrics.phase("operating")
     out = workdir / "out"

@@ -69,4 +69,4 @@ class Unmerge(Operation):
 
 def _stored_in_bf16(directory: Path) -> bool:
     told = json.loads((directory / "config.json").read_text())
-    return (told.get("dtype") or told.get("torch_dtype")) == "bfloat16"
+    return bool((told.get("dtype") or told.get("torch_dtype")) == "bfloat16")
