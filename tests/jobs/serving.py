@@ -24,7 +24,7 @@ from jobs.api import create_app
 from jobs.db import METADATA, capacity, connect, files, in_order, migrate, now, writing
 from jobs.settings import Settings
 from peft_service import catalog
-from peft_service.spec import FineTuneSpec
+from peft_service.spec import spec_of
 from peft_service.store import Store, open_store
 
 CHAT = "".join(
@@ -109,7 +109,7 @@ class Service:
     def succeed(self, lease: queue.Lease, extra: dict[str, bytes] | None = None) -> catalog.Adapter:
         """Publish an adapter for a running job and end it, as the scheduler does."""
         row = queue.get(self.engine, lease.project_id, lease.job)
-        spec = FineTuneSpec.model_validate(row.spec)
+        spec = spec_of(row.spec)
         version = queue.reserve_version(self.engine, lease)
         place = catalog.location_of(row.project_id, spec.base.id, spec.name, version, row.id)
         contents = {"adapter_model.safetensors": b"weights" * 1000, "README.md": b"# card", **(extra or {})}

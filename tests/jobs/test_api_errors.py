@@ -161,6 +161,9 @@ def test_a_key_never_sees_another_project(
         "/v1/uploads/{upload_id}/parts": {"files": {"data": ("upload", b"abc")}},
         "/v1/fine_tuning/jobs": {"json": {"model": BASE, "training_file": things["file_id"]}},
         "/v1/preflight": {"json": {"model": BASE, "training_file": things["file_id"]}},
+        "/v1/adapters/operations": {
+            "json": {"operation": {"kind": "merge"}, "adapters": [things["adapter"]]}
+        },
     }
     asked = 0
     with httpx.Client(headers={"authorization": f"Bearer {service.keys['b']}"}) as other:
