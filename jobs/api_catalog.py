@@ -15,10 +15,11 @@ from jobs.base_models import BaseRow
 from jobs.body import json_body
 from jobs.caller import AsCaller, Caller, json_request
 from jobs.db import jobs, reading, writing
-from jobs.request import methods_by_kind
-from peft_service import catalog
+from jobs.request import defaults_of, methods_by_kind
+from peft_service import catalog, methods
 from peft_service.catalog import Adapter as AdapterRow
 from peft_service.errors import InvalidRequest, NotFound, NotPermitted, ObjectNotFound
+from peft_service.methods import Capabilities
 from peft_service.methods import Method as MethodVariant
 from peft_service.variants import Frozen
 
@@ -143,8 +144,21 @@ class MethodObject(BaseModel):
     id: str
     object: Literal["method"] = "method"
     kind: str
+    title: str
+    family: str
     summary: str
     paper: str
+    formula: str
+    use_when: str
+    limits: str
+    aliases: dict[str, dict[str, Any]]
+    """Other names that `adapter.kind` takes, and the fields that they set."""
+    capabilities: Capabilities
+    """Where it works; under `why` the reason for each limit, and what works instead."""
+    sources_of: list[str]
+    """Kinds of the published adapters that it starts from, named in `sources`; empty: it needs none."""
+    needs_tasks: bool
+    """Every row of its training file names a task."""
     learning_rate: float
     """Its own default, which `learning_rate_multiplier` scales."""
     defaults: dict[str, Any]
@@ -434,24 +448,34 @@ def list_methods(caller: AsCaller) -> MethodList:
 
 @router.get("/methods/{kind}", tags=["methods"])
 def retrieve_method(caller: AsCaller, kind: str) -> MethodObject:
-    """One method."""
-    methods = methods_by_kind()
-    if kind not in methods:
+    """One method, by its kind or any of its other names."""
+    variants = methods_by_kind()
+    named = methods.names().get(methods.spelled(kind))
+    if named is None:
         raise NotFound(
-            f"no method {kind[:60]!r}; there are {', '.join(sorted(methods))}",
+            f"no method {kind[:60]!r}; there are {', '.join(sorted(variants))}",
             code="method_not_found",
             param="kind",
         )
-    return _method_of(kind, methods[kind])
+    return _method_of(named[0], variants[named[0]])
 
 
 def _method_of(kind: str, method: type[MethodVariant]) -> MethodObject:
     return MethodObject(
         id=kind,
         kind=kind,
+        title=method.title,
+        family=method.family,
         summary=method.summary,
         paper=method.paper,
+        formula=method.formula,
+        use_when=method.use_when,
+        limits=method.limits,
+        aliases={name: dict(preset) for name, preset in method.aliases.items()},
+        capabilities=method.can,
+        sources_of=list(method.sources_of),
+        needs_tasks=method.needs_tasks,
         learning_rate=method.learning_rate,
-        defaults=method(kind=kind).model_dump(mode="json"),
+        defaults=defaults_of(method),
         schema_=method.model_json_schema(),
     )

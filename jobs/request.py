@@ -51,6 +51,16 @@ def methods_by_kind() -> dict[str, type[Method]]:
     return {kind_of(method): cast("type[Method]", method) for method in METHODS}
 
 
+def defaults_of(method: type[Method]) -> dict[str, Any]:
+    """The values of a method's fields that a request leaves out; a field that it must give is not there."""
+    found = {}
+    for name, field in method.model_fields.items():
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
 def known_names() -> list[str]:
     """Every name of a method that a request may use."""
     return [
@@ -452,7 +462,7 @@ def resolve(
         reasons["max_seq_len"] = (
             f"{MAX_SEQ_LEN}, or the base's context of {context or 'unknown'} tokens if that is less"
         )
-    elif context is not None and given["max_seq_len"] > context:
+    elif context is not None and given["max_seq_len"] > context and not wanted.method.extends_context:
         raise InvalidRequest(
             f"training.max_seq_len is {given['max_seq_len']}, but the context of the base is {context}",
             code="invalid_value",

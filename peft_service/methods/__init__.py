@@ -101,6 +101,8 @@ class Method(Frozen):
     """Kinds of the methods whose published adapters it starts from; such a method has a field `sources`."""
     needs_tasks: ClassVar[bool] = False
     """Whether its data must name the task of every row."""
+    extends_context: ClassVar[bool] = False
+    """Whether it trains on rows longer than the base's context."""
     small: ClassVar[Mapping[str, Any]] = {}
     """Fields with which the conformance suite trains it on a base of hidden size 32."""
     can: ClassVar[Capabilities] = Capabilities()

@@ -41,33 +41,46 @@ class Trial:
     method: Method
     base: str
     task: str
+    name: str = ""
+    """The alias that it was asked for by, where that sets fields."""
 
     @property
     def id(self) -> str:
-        return f"{self.method.kind}-{self.base}-{self.task}"
+        return f"{self.name or self.method.kind}-{self.base}-{self.task}"
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return TASKS if self.method.needs_tasks else ()
 
 
-def example(variant: type[Method]) -> Method:
-    """The method with its small fields."""
-    return variant.model_validate({"kind": kind_of(variant), **variant.small})
+def example(variant: type[Method], alias: str = "") -> Method:
+    """The method with its small fields, and what the alias sets."""
+    preset = {name: value for name, value in variant.aliases.get(alias, {}).items() if "." not in name}
+    return variant.model_validate({"kind": kind_of(variant), **variant.small, **preset})
 
 
 def trials(root: Path) -> list[Trial]:
     """Every method on every architecture and task that it admits; of an architecture the first base that it
-    does."""
+    does. Under another name that sets fields: on every architecture, for the first task."""
     found = []
     for variant in METHODS:
-        method = example(variant)
-        for architecture in ("decoder", "encoder", "encoder_decoder"):
-            for task in tasks_of(architecture):
+        examples = [("", example(variant))]
+        for alias in variant.aliases:
+            method = example(variant, alias)
+            if all(method != other for _, other in examples):
+                examples.append((alias, method))
+        for alias, method in examples:
+            for architecture in ("decoder", "encoder", "encoder_decoder"):
                 kinds = [kind for kind in bases.KINDS if bases.ARCHITECTURES[kind] == architecture]
-                kind = next((kind for kind in kinds if admitted(Trial(method, kind, task), root)), None)
-                if kind is not None:
-                    found.append(Trial(method, kind, task))
+                for task in tasks_of(architecture):
+                    trial = next(
+                        (trial for kind in kinds if admitted(trial := Trial(method, kind, task, alias), root)),
+                        None,
+                    )
+                    if trial is not None:
+                        found.append(trial)
+                    if alias and trial is not None:
+                        break
     return found
 
 
@@ -128,7 +141,7 @@ class Live:
         material = Material(
             sources=sources(trial, root),
             tokenizer=bases.tokenizer(trial.base),
-            sample=lambda count: [self.batch([row]) for row in range(count)],
+            sample=lambda count: [self.batch([row]) for row in range(min(count, self.data.rows))],
             objective=self.objective,
         )
         self.attached = trial.method.attach(model, self.case, material)
