@@ -4,7 +4,9 @@ What lies in the directory tells what it is:
 
     adapter_config.json     a PEFT adapter (of a type of our own after `import peft_service.tuners`)
     delta_config.json       changed weights (`peft_service.delta`)
-    composite.json          {"format", "parts": ["part-0", …]}: directories, applied in this order
+    qa_lora_config.json     quantised linear layers in place of the base's (`peft_service.tuners.qa_lora`)
+    composite.json          {"format", "parts": ["part-0", …]}: directories, applied in this order; with
+                            "rope" (LongLoRA), to a base whose positions are interpolated first
     config.json             a whole transformers model; the base is not needed
     task.json               {"task", "labels"}: the head that the base needs, if any
 """
@@ -99,6 +101,10 @@ def load(base: Any, directory: Path) -> Any:
         if told.get("format") != COMPOSITE_FORMAT:
             raise InvalidRequest(f"{directory.name}: format {told.get('format')!r}")
         model = base
+        if told.get("rope"):
+            from peft_service.tuners import longlora
+
+            longlora.interpolate(base, **told["rope"])
         for part in told["parts"]:
             model = load(model, directory / part)
         return model.eval()
@@ -113,4 +119,11 @@ def load(base: Any, directory: Path) -> Any:
 
         delta.apply(base, [delta.load(directory)])
         return base.eval()
-    raise InvalidRequest(f"{directory.name} has no adapter_config.json, delta_config.json or composite.json")
+    if (directory / "qa_lora_config.json").exists():
+        from peft_service.tuners import qa_lora
+
+        return qa_lora.apply(base, directory)
+    raise InvalidRequest(
+        f"{directory.name} has no adapter_config.json, delta_config.json, qa_lora_config.json "
+        "or composite.json"
+    )
