@@ -2,9 +2,9 @@
 
     y = W x + (1 / rank) B_t A_t x      A_t = Σ_i w_ti A_i,  B_t = Σ_i w_ti B_i,  w_t = z_t / Σ_i z_ti
 
-A_i (rank, d_in), B_i (d_out, rank) for i = 1…skills. z_t is a relaxed Bernoulli variable (temperature 1) of the
-logits of task t while training, and its mean's sigmoid afterwards. With `splits` H > 1 inputs and outputs are cut
-into H parts, each with a mix of its own: multi-head routing (Caccia et al. 2022, arXiv:2211.03831).
+A_i (rank, d_in), B_i (d_out, rank) for i = 1…skills. While training, z_t is a relaxed Bernoulli variable
+(temperature 1) with the logits of task t, afterwards their sigmoid. With `splits` H > 1 inputs and outputs
+are cut into H parts, each with a mix of its own: multi-head routing (Caccia et al. 2022, arXiv:2211.03831).
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -29,7 +29,7 @@ class Poly(Method):
     sampled: bool = True
     """Draw z anew at every step, as the papers do; false trains with its mean."""
     targets: tuple[str, ...] | None = Field(None, min_length=1)
-    """Last parts of the module names that are adapted; None: every linear layer of the transformer's blocks."""
+    """Last parts of the module names that are adapted; None: every linear layer of the blocks."""
 
     learning_rate: ClassVar[float] = 1e-3
     title: ClassVar[str] = "Poly"
@@ -37,15 +37,15 @@ class Poly(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2202.13914"
     summary: ClassVar[str] = "A few LoRAs that all tasks share, and for each task its own mix of them."
     formula: ClassVar[str] = (
-        "y = W x + (1 / rank) (Σ w_ti B_i)(Σ w_ti A_i) x; skills * rank * (d_in + d_out) + tasks * splits * skills "
-        "values a layer"
+        "y = W x + (1 / rank) (Σ w_ti B_i)(Σ w_ti A_i) x; skills * rank * (d_in + d_out) + "
+        "tasks * splits * skills values a layer"
     )
     use_when: ClassVar[str] = "Many related tasks with few rows each: they share what they have in common."
     limits: ClassVar[str] = (
-        "Whoever serves it passes task_ids, one number a row (the place of the task among the sorted names), to "
-        "forward and generate, with beams once a beam; no adapter server does, plain peft with its own loop does. "
-        "While training, z is drawn once a step and task, not once a row, so that it does not depend on the number "
-        "of workers. There is no alpha and no dropout in peft's implementation."
+        "Whoever serves it passes task_ids, a tensor with one number a row (the task's place among the "
+        "sorted names; with beams, once a beam), to forward and generate: plain peft does that, adapter "
+        "servers do not. While training, z is drawn once a step and task, not once a row, so that it does "
+        "not depend on how many workers there are. peft's Poly has neither alpha nor dropout."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"polytropon": {}, "mhr": {"splits": 8}}
     needs_tasks: ClassVar[bool] = True
@@ -72,14 +72,14 @@ class Poly(Method):
     def check(self, shape: "ModelShape", case: Case) -> None:
         if shape.model_type == "gpt2":
             raise InvalidRequest(
-                "peft's Poly adapts only linear layers, and gpt2's are of another kind (Conv1D): use mtl_lora there.",
+                "peft's Poly takes no layers of the kind that gpt2 has (Conv1D): use mtl_lora there.",
                 code="method_not_applicable",
                 param="adapter.kind",
             )
         for name, d_out, d_in in adapted(shape, self.targets):
             if d_in % self.splits or d_out % self.splits:
                 raise InvalidRequest(
-                    f"splits {self.splits} cannot cut {name} ({d_in} to {d_out}) into equal parts: set splits to a "
-                    "divisor of both, or to 1.",
+                    f"splits {self.splits} cannot cut {name} ({d_in} to {d_out}) into equal parts: set "
+                    "splits to a divisor of both, or to 1.",
                     param="adapter.splits",
                 )

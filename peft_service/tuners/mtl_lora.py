@@ -3,24 +3,29 @@
     y = W x + s Σ_i softmax_i(w_t / τ) B_i diag(λ_t) A x       s = alpha / rank
 
 Yang et al. 2024, arXiv:2410.09437. A (r, d_in) and B_i (d_out, r), i = 1…n, are shared; λ_t (r,) and w_t (n,)
-belong to task t. Every B_i starts at zero, λ and w at one. Row b of a batch has task `task_ids[b]`, told to
-the tuner with `set_tasks`. Parameters a linear layer: r·d_in + n·r·d_out + T (r + n).
+belong to task t. Every B_i starts at zero, λ and w at one. Row b of a batch has task `row_tasks[b]`, an
+argument of forward and generate (peft keeps `task_ids` for methods of its own), or told with `set_tasks`.
+Parameters a linear layer: r·d_in + n·r·d_out + T (r + n).
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import PeftType
 from torch import Tensor, nn
 
+from peft_service.attached import Attached
 from peft_service.tuners import sites
 from peft_service.tuners.registration import register
 from peft_service.tuners.wrapper import Wrapper, WrapperConfig, WrapperModel, add
+
+if TYPE_CHECKING:
+    from peft_service.batches import Batch
 
 QUERY_AND_VALUE = r".*\.(?:query|value|q_proj|v_proj|q_lin|v_lin|q|v|c_attn|query_key_value)"
 
@@ -60,7 +65,7 @@ class Tasks:
             ValueError: none are set, or they are of another batch.
         """
         if self.ids is None:
-            raise ValueError("MTL-LoRA needs every row's task: call set_tasks(task_ids) before the model.")
+            raise ValueError("MTL-LoRA needs every row's task: pass row_tasks, or call set_tasks before.")
         if rows % len(self.ids):
             raise ValueError(f"the batch has {rows} rows, and set_tasks got {len(self.ids)} tasks.")
         return self.ids.to(device).repeat_interleave(rows // len(self.ids))
@@ -150,6 +155,29 @@ class MTLLoRAModel(WrapperModel):
             yield
         finally:
             self.set_tasks(None)
+
+    def forward(self, *args: Any, row_tasks: Tensor | list[int] | None = None, **kwargs: Any) -> Any:
+        if row_tasks is None:
+            return self.model.forward(*args, **kwargs)
+        if torch.is_grad_enabled():
+            # They stay for the backward pass: gradient checkpointing replays the layers there.
+            self.set_tasks(row_tasks)
+            return self.model.forward(*args, **kwargs)
+        with self.tasks(row_tasks):
+            return self.model.forward(*args, **kwargs)
+
+    def generate(self, *args: Any, row_tasks: Tensor | list[int] | None = None, **kwargs: Any) -> Any:
+        if row_tasks is None:
+            return self.model.generate(*args, **kwargs)
+        with self.tasks(row_tasks):
+            return self.model.generate(*args, **kwargs)
+
+
+class RowTasks(Attached):
+    """Training: every forward pass is told its rows' tasks."""
+
+    def inputs(self, batch: "Batch") -> dict[str, Any]:
+        return {"row_tasks": batch.task_B}
 
 
 register("mtl_lora", MTLLoRAConfig, MTLLoRAModel)

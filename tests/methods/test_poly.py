@@ -1,13 +1,13 @@
-"""Poly: one skill is that LoRA, a batch of mixed tasks is its rows, and the draw depends on the step alone."""
+"""Poly: a task of one skill is that LoRA, mixed tasks are single ones, a draw depends on the step alone."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+
 from peft_service import artifact, methods
 from peft_service.errors import InvalidRequest
 from peft_service.methods.poly import Poly
 from peft_service.tuners.poly import StepRouter, drawn
-
 from tests.methods.checks import Live, Trial, case_of, directory_of, shape_of
 
 SMALL = Poly(rank=4, skills=3, splits=1, targets=("q_proj", "v_proj", "down_proj"))
