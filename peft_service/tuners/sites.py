@@ -1,48 +1,38 @@
-"""Where in a transformer a method goes: patterns of module names, matched whole, over many architectures."""
+"""Where in a loaded model a method goes (`peft_service.sites` has the patterns), and what stands there."""
 
-import re
 from typing import Any
 
 from torch import nn
 
-ATTENTION_OUTPUT = (
-    r"(?:.*\.)?(?:attention\.output\.dense|attention\.out_lin|self_attn\.(?:o_proj|out_proj|dense)"
-    r"|SelfAttention\.o|attn\.(?:c_proj|out_proj)|attn\.attention\.out_proj|self_attention\.dense"
-    r"|attention\.(?:dense|wo))"
+from peft_service.sites import (
+    ATTENTION_BLOCK,
+    ATTENTION_OUTPUT,
+    FFN_OUTPUT,
+    LAYER,
+    Sites,
+    block_of,
+    index_of,
 )
-"""The linear layer that ends self-attention."""
 
-FFN_OUTPUT = (
-    r"(?:.*\.)?(?:\d+\.output\.dense|ffn\.lin2|mlp\.(?:down_proj|c_proj|fc2|fc_out|dense_4h_to_h)"
-    r"|DenseReluDense\.wo|\d+\.fc2|ffn\.down_proj)"
-)
-"""The linear layer that ends the feed-forward network."""
-
-ATTENTION_BLOCK = r"(?:.*\.)?(?:\d+\.(?:attention|self_attn|attn|self_attention)|block\.\d+\.layer\.0)"
-"""The module that gets the mask and the cache of self-attention and returns the hidden states first."""
-
-LAYER = r"(?:.*\.)?(?:layers?|h|block|blocks)\.\d+"
-"""A transformer layer. In T5 the three sub-layers of a block match too; see `layers_of`."""
-
-_POST_NORM = {
-    "bart": r"(?:.*\.)?\d+\.(?:self_attn_layer_norm)",
-    "marian": r"(?:.*\.)?\d+\.(?:self_attn_layer_norm)",
-}
-_NORM_AFTER_ATTENTION = (
-    r"(?:.*\.)?attention\.output\.LayerNorm",  # BERT and its family
-    r"(?:.*\.)?\d+\.sa_layer_norm",  # DistilBERT
-    r"(?:.*\.)?\d+\.post_attention_layernorm",  # LLaMA, Mistral, Qwen, Gemma, GPT-NeoX, BLOOM
-    r"(?:.*\.)?\d+\.ln_2",  # GPT-2
-    r"(?:.*\.)?block\.\d+\.layer\.1\.layer_norm",  # T5, where every sub-layer starts with its norm
-)
-_NORM_AFTER_FFN = (r"(?:.*\.)?\d+\.output\.LayerNorm", r"(?:.*\.)?\d+\.output_layer_norm")
-_FFN_ENTRANCE_POST = (r"(?:.*\.)?\d+\.intermediate\.dense", r"(?:.*\.)?ffn\.lin1")
-_FFN_ENTRANCE_PRE = (
-    r"(?:.*\.)?\d+\.pre_feedforward_layernorm",
-    r"(?:.*\.)?\d+\.post_attention_layernorm",
-    r"(?:.*\.)?\d+\.ln_2",
-    r"(?:.*\.)?(?:encoder\.block\.\d+\.layer\.1|decoder\.block\.\d+\.layer\.2)\.layer_norm",
-)
+__all__ = [
+    "ATTENTION_BLOCK",
+    "ATTENTION_OUTPUT",
+    "FFN_OUTPUT",
+    "LAYER",
+    "block_of",
+    "ffn_entrance",
+    "found",
+    "hidden_size",
+    "index_of",
+    "is_norm",
+    "layers_of",
+    "names",
+    "norm_after_attention",
+    "norm_after_ffn",
+    "of",
+    "shape_of",
+    "width_of",
+]
 
 
 def names(model: nn.Module) -> list[str]:
@@ -50,68 +40,33 @@ def names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name and "base_layer" not in name.split(".")]
 
 
+def of(model: nn.Module) -> Sites:
+    """The places of this model."""
+    return Sites(_kind(model), tuple(names(model)))
+
+
 def found(model: nn.Module, pattern: str) -> list[str]:
-    return [name for name in names(model) if re.fullmatch(pattern, name)]
-
-
-def block_of(name: str) -> str:
-    """The innermost numbered module that `name` lies in, by which the sites of one layer find each other."""
-    match = re.match(r"(.*\.\d+)(?:\.|$)", name)
-    if match is None:
-        raise ValueError(f"{name} does not lie in a numbered layer.")
-    return match.group(1)
-
-
-def index_of(name: str) -> int | None:
-    """Number of the transformer layer that `name` lies in; None outside."""
-    match = re.match(r".*?\.(\d+)(?:\.|$)", name)
-    return int(match.group(1)) if match else None
+    return of(model).found(pattern)
 
 
 def norm_after_attention(model: nn.Module) -> str:
-    """Pattern of the norm that is the first to see self-attention's output.
-
-    Raises:
-        ValueError: it cannot be told for this architecture.
-    """
-    kind = _kind(model)
-    return _first(model, (*([_POST_NORM[kind]] if kind in _POST_NORM else []), *_NORM_AFTER_ATTENTION))
+    """See `Sites.norm_after_attention`."""
+    return of(model).norm_after_attention
 
 
 def norm_after_ffn(model: nn.Module) -> str | None:
-    """Pattern of the norm that is applied to residual + feed-forward output; None where norms come first."""
-    if _kind(model) in _POST_NORM:
-        return r"(?:.*\.)?\d+\.final_layer_norm"
-    return next((pattern for pattern in _NORM_AFTER_FFN if found(model, pattern)), None)
+    """See `Sites.norm_after_ffn`."""
+    return of(model).norm_after_ffn
 
 
 def ffn_entrance(model: nn.Module) -> str:
-    """Pattern of the module whose input is the residual stream that enters the feed-forward network.
-
-    Raises:
-        ValueError: it cannot be told for this architecture, as where attention and FFN run side by side.
-    """
-    if _kind(model) in _POST_NORM:
-        return r"(?:.*\.)?\d+\.fc1"
-    pattern = _first(model, _FFN_ENTRANCE_POST if norm_after_ffn(model) is not None else _FFN_ENTRANCE_PRE)
-    entrances = sorted(block_of(name) for name in found(model, pattern))
-    if entrances != sorted(block_of(name) for name in found(model, FFN_OUTPUT)):
-        raise ValueError(
-            f"{_kind(model)}: not every feed-forward network has one entrance and one output. Place the "
-            'adapter after the linear layers instead (placement "houlsby").'
-        )
-    return pattern
+    """See `Sites.ffn_entrance`."""
+    return of(model).ffn_entrance
 
 
 def layers_of(model: nn.Module) -> str:
-    """Pattern of the transformer layers, outermost ones only.
-
-    Raises:
-        ValueError: none was found.
-    """
-    t5 = r"(?:.*\.)?block\.\d+"
-    pattern = t5 if found(model, t5) else LAYER
-    return _first(model, (pattern,))
+    """See `Sites.layers`."""
+    return of(model).layers
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -153,13 +108,3 @@ def hidden_size(model: nn.Module) -> int:
 
 def _kind(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
-
-
-def _first(model: nn.Module, patterns: tuple[str, ...]) -> str:
-    for pattern in patterns:
-        if found(model, pattern):
-            return pattern
-    raise ValueError(
-        f"{_kind(model)}: cannot tell where this method goes in this architecture. "
-        "Name the modules in target_modules."
-    )

@@ -23,6 +23,9 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
+from peft_service.attached import head_modules
+from peft_service.methods import Case
+from peft_service.tasks import PEFT_TASKS
 from peft_service.tuners import sites
 
 
@@ -267,6 +270,21 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
             rf"(^|\.)({named})\.{re.escape(adapter_name)}(?=\.|$)", r"\1\2", key, count=1
         )
         return shorter if count else str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def attach(model: Any, case: Case, kind: type[WrapperConfig], **fields: Any) -> Any:
+    """A PeftModel with the tuner whose configuration is `kind`, and with the head of the task.
+
+    Its first values depend on the case's seed alone.
+    """
+    from peft import TaskType, get_peft_model
+
+    config = kind(
+        task_type=TaskType(PEFT_TASKS[case.task]), modules_to_save=head_modules(model) or None, **fields
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.seed)
+        return get_peft_model(model, config)
 
 
 class Affine(nn.Module):
