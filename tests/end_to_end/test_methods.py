@@ -1,0 +1,127 @@
+"""Every method over REST, to a proven artifact in the store and an entry in the catalog that says who can load it.
+
+The suites of methods show what each does right; this shows that each goes the whole way: request, plan, queue,
+Ray workers, DeepSpeed, gate, publication. `make test-methods`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.client import Job
+from peft_service.errors import InvalidRequest
+from peft_service.methods import METHODS, SERVERS
+from peft_service.shipped import SHIPPED_ID, path
+from peft_service.variants import kind_of
+from tests.end_to_end.service import Service, service
+from tests.methods import bases, checks
+
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(5400)]
+
+KINDS = [kind_of(variant) for variant in METHODS]
+SERVED = {"lora", "lora_plus", "lora_fa", "dylora", "delta_lora", "lora_drop", "lorahub"}
+"""Methods whose artifact is what vLLM, Ray Serve LLM and LoRAX call an adapter."""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(service, kind -> (request, job id)): all are submitted at once, in the order of their sources."""
+    root = tmp_path_factory.mktemp("methods")
+    with service(root / "service") as live:
+        submitted: dict[str, tuple[dict[str, Any], str]] = {}
+        files: dict[tuple[str, bool], str] = {}
+
+        def file_of(task: str, tasks: bool) -> str:
+            if (task, tasks) not in files:
+                rows = bases.rows(task, 24, checks.TASKS if tasks else ())
+                place = root / f"{task}-{tasks}.jsonl"
+                place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                files[task, tasks] = live.client.upload(Path(place)).id
+            return files[task, tasks]
+
+        def submit(kind: str, name: str) -> str:
+            variant = next(variant for variant in METHODS if kind_of(variant) == kind)
+            adapter = {"kind": kind, **{key: _plain(value) for key, value in variant.small.items()}}
+            trial = next(trial for trial in checks.trials(root / "bases") if trial.method.kind == kind)
+            if variant.sources_of:
+                count = len(adapter["sources"])
+                references = []
+                for number in range(count):
+                    source = f"source-{variant.sources_of[0].replace('_', '-')}-{number}"
+                    if source not in submitted:
+                        submit(variant.sources_of[0], source)
+                        live.succeeded(submitted[source][1])
+                    references.append(f"{source}@1")
+                adapter["sources"] = references
+            body: dict[str, Any] = {
+                "training_file": file_of(trial.task, variant.needs_tasks),
+                "name": name,
+                "adapter": adapter,
+                "training": {"n_epochs": 50, "max_steps": 4, "batch_size": 4, "max_seq_len": 64},
+            }
+            if bases.ARCHITECTURES[trial.base] == "decoder" and trial.base == "llama":
+                body["model"] = SHIPPED_ID
+            else:
+                body["model"] = f"tiny/{trial.base}"
+                body["base"] = {"uri": f"file://{checks.directory_of(trial.base, root / 'bases')}"}
+            job = live.client.submit(body)
+            submitted[name] = (body, job.id)
+            return job.id
+
+        for kind in KINDS:
+            submit(kind, kind.replace("_", "-"))
+        yield live, submitted
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_of_every_method_ends_with_a_proven_artifact(kind: str, ran: Any, tmp_path: Path) -> None:
+    live, submitted = ran
+    body, job_id = submitted[kind.replace("_", "-")]
+    job: Job = live.succeeded(job_id)
+    assert job.adapter is not None
+    details = next(each for each in live.client.adapters() if each.job == job_id)
+    assert details.method == kind
+    pulled = live.client.pull(job.adapter["id"], tmp_path / kind)
+    manifest = json.loads((pulled / "manifest.json").read_text())
+    assert all(check["passed"] for check in manifest["gate"])
+    assert {check["name"] for check in manifest["gate"]} >= {"finite", "logits_equal"}
+    said = manifest["compatibility"]
+    assert set(said) == set(SERVERS)
+    for server, told in said.items():
+        assert told["ok"] or len(told["reason"]) > 10, (server, told)
+    assert said["vllm"]["ok"] == (kind in SERVED), said["vllm"]
+    assert ("/adapters/" in job.adapter["url"]) == (kind in SERVED)
+    assert body["adapter"]["kind"] == kind
+
+
+def test_the_service_lists_every_method_with_what_it_can(ran: Any) -> None:
+    live: Service = ran[0]
+    listed = {method.kind: method for method in live.client.methods()}
+    assert set(listed) == set(KINDS)
+    assert path().exists()
+    for method in listed.values():
+        assert method.paper.startswith("https://")
+        assert method.capabilities["architectures"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ({"kind": "bitfit"}, "bias"),
+        ({"kind": "xattn"}, "encoder-decoder"),
+        ({"kind": "adalora", "rank": 8, "initial_rank": 8}, "rank"),
+        ({"kind": "full", "quantize": True}, "quantize"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_submit(adapter: dict[str, Any], words: str, ran: Any) -> None:
+    live, submitted = ran
+    body = {**submitted["lora"][0], "name": "refused", "adapter": adapter}
+    with pytest.raises(InvalidRequest) as refused:
+        live.client.submit(body)
+    assert words in refused.value.message
