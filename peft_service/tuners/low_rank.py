@@ -4,7 +4,7 @@ LoRA-like methods share.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ def attach_lora(
     alpha: int,
     targets: tuple[str, ...] | None,
     dropout: float,
+    whole: Sequence[str] = (),
     **more: Any,
 ) -> Any:
-    """A PeftModel with LoRA on the `targets`, in float32; `more` are further fields of peft's LoraConfig."""
+    """A PeftModel with LoRA on the `targets`, in float32, and the modules `whole` trainable as they are;
+    `more`
+    are further fields of peft's LoraConfig."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
@@ -38,7 +41,7 @@ def attach_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=shortest(model, linear_layers(model, targets)),
-        modules_to_save=head_modules(model) or None,
+        modules_to_save=[*whole, *head_modules(model)] or None,
         task_type=TaskType(PEFT_TASKS[case.task]),
         **more,
     )
