@@ -9,6 +9,7 @@ No member's output contains the residual, and scores are not divided by √d; th
 members are part of the artifact and never train. Parameters a place: 3d² + 2d.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from peft_service.attached import Attached
 from peft_service.tuners import sites
 from peft_service.tuners.bottleneck import (
     AfterLinear,
@@ -52,14 +54,33 @@ class AdapterFusionConfig(WrapperConfig):
             raise ValueError(f"members are at least one name, each once; not {self.members!r}.")
 
 
+class Value(nn.Linear):
+    """u to V u, and how far V is from the identity: strength · Σ (V - I)², None where it is not asked for."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, bias=False)
+        self.strength = 0.0
+
+    def forward(self, u: Tensor) -> Any:
+        penalty = None
+        if self.training and self.strength:
+            # Here and not from outside: ZeRO-3 has the weight together only inside, and where an output of
+            # the module leads back to it.
+            identity = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
+            penalty = self.strength * (self.weight - identity).square().sum()
+        return super().forward(u), penalty
+
+
 class Mixer(nn.Module):
     """x (…, d) and the members' u (…, N, d) to what is added (…, d)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.penalty: Tensor | None = None
+        """Of the last forward pass, see `Value`."""
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width, bias=False)
+        self.value = Value(width)
         for linear in (self.query, self.key):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -71,7 +92,8 @@ class Mixer(nn.Module):
         query = self.query(x.to(self.query.weight.dtype))
         # ZeRO-3 gathers when a module is called: K and V are applied to u, not folded into Q.
         scores = torch.einsum("...d,...nd->...n", query, self.key(u))
-        mixed: Tensor = torch.einsum("...n,...nd->...d", scores.softmax(-1), self.value(u))
+        values, self.penalty = self.value(u)
+        mixed: Tensor = torch.einsum("...n,...nd->...d", scores.softmax(-1), values)
         return mixed
 
 
@@ -141,6 +163,8 @@ class AdapterFusionModel(PlacedModel):
                 state = {key.removeprefix(start): saved[key] for key in saved if key.startswith(start)}
                 part.load_state_dict(state)
                 left -= {start + key for key in state}
+            # A head belongs to the member's own task.
+            left = {key for key in left if ".bottleneck_parts." in key}
             if left:
                 raise ValueError(f"member {member} has weights that have no place here: {sorted(left)[:3]}.")
 
@@ -164,6 +188,28 @@ class AdapterFusionModel(PlacedModel):
             model, config, adapter_name, whole, unwanted_adapter_names
         )
         return made
+
+
+class Fusion(Attached):
+    """Keeps the members on the CPU: they never train, and ZeRO-3 cuts what does not train as well."""
+
+    def __init__(self, model: Any, strength: float) -> None:
+        super().__init__(model)
+        self.mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+        for mixer in self.mixers:
+            mixer.value.strength = strength
+        self.members = {
+            name: value.detach().to("cpu", torch.float32, copy=True)
+            for name, value in model.named_parameters()
+            if f".{MEMBERS}." in name
+        }
+
+    def penalty(self) -> Tensor | None:
+        found = [mixer.penalty for mixer in self.mixers if mixer.penalty is not None]
+        return torch.stack(found).sum() if found else None
+
+    def save(self, trainable: Mapping[str, Tensor], directory: Path, base: "tuple[str, str | None]") -> None:
+        self.save_peft(self.model, {**self.members, **trainable}, directory, base)
 
 
 register("adapter_fusion", AdapterFusionConfig, AdapterFusionModel)

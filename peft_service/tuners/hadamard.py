@@ -7,11 +7,13 @@ self-attention; the norm that sees the result next trains as a copy of the base'
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.utils import PeftType
 from torch import Tensor, nn
 
+from peft_service.attached import Attached
 from peft_service.tuners import sites
 from peft_service.tuners.registration import register
 from peft_service.tuners.wrapper import (
@@ -22,6 +24,9 @@ from peft_service.tuners.wrapper import (
     WrapperModel,
     copy_of,
 )
+
+if TYPE_CHECKING:
+    from peft_service.train import Engine
 
 
 @dataclass
@@ -76,6 +81,42 @@ class HadamardModel(WrapperModel):
         if isinstance(wrapper, NormCopy):
             return (copy_of(base),)
         return (Affine(sites.width_of(base), shift=True),)
+
+
+class Staged(Attached):
+    """The head alone for `first` steps, then the adapter, with the head or without.
+
+    What rests has a gradient of zero, set by hooks on the leaf parameters, which work under every ZeRO stage.
+    The second stage starts with new moments: old ones would go on moving a head that rests.
+    """
+
+    def __init__(self, model: Any, first: int, head_in_second: bool) -> None:
+        super().__init__(model)
+        self.first, self.step = first, 0
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                adapter = f".{HadamardModel.containers[0]}." in name
+                if adapter or (first and not head_in_second):
+                    parameter.register_hook(self._resting(first=adapter))
+
+    def before_step(self, step: int) -> None:
+        self.step = step
+
+    def _resting(self, first: bool) -> Any:
+        """The hook of a parameter that rests in the first stage, or in the second."""
+
+        def hook(gradient: Tensor) -> Tensor | None:
+            return torch.zeros_like(gradient) if (self.step < self.first) == first else None
+
+        return hook
+
+    def after_update(self, engine: "Engine", step: int) -> None:
+        if step == self.first - 1:
+            state = engine.state()
+            for key, tensor in state.items():
+                if key.startswith("exp_avg"):
+                    tensor.zero_()
+            engine.load_state(state | {"step": torch.zeros((), dtype=torch.int64)})
 
 
 register("hadamard", HadamardConfig, HadamardModel)

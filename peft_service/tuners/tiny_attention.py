@@ -4,23 +4,31 @@
 
 Zhao et al. 2022, arXiv:2211.01979. h (B, T, d) is what the attention block returns. Up starts at zero. The
 adapter sees exactly the positions that the block sees: its mask, or its causality where there is none, and it
-keeps its own keys and values in the generation cache. With n experts, row b of a training batch goes through
-expert b mod n, and evaluation uses the mean of their weights. Parameters a block and expert:
+keeps its own keys and values in the generation cache. With n experts, each row of a training batch goes
+through one of them (`Experts` draws which), and evaluation uses the mean of their weights. Parameters a block and
+expert:
 3d + 4ad + 4a² + 7a, which is 7d + 11 at a = 1.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import PeftType
 from torch import Tensor, nn
 
+from peft_service.attached import Attached
 from peft_service.tuners import side_cache, sites
 from peft_service.tuners.registration import register
 from peft_service.tuners.wrapper import Wrapper, WrapperConfig, WrapperModel, add, first, with_first
+
+if TYPE_CHECKING:
+    from peft_service.batches import Batch
 
 
 @dataclass
@@ -46,6 +54,8 @@ class TinyAttention(nn.Module):
     def __init__(self, width: int, size: int, heads: int, experts: int, dropout: float, zero: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.chosen: Tensor | None = None
+        """(B,) the expert of each row of the batch to come; None: row b has expert b mod n."""
         self.dropout = nn.Dropout(dropout)
 
         def drawn(*shape: int) -> nn.Parameter:
@@ -73,7 +83,8 @@ class TinyAttention(nn.Module):
         scores_mask: Callable[[int, int], Tensor | None],
     ) -> Tensor:
         rows, experts = h_BTD.shape[0], self.up_bias.shape[0]
-        chosen = torch.arange(rows, device=h_BTD.device) % experts
+        chosen = torch.arange(rows) % experts if self.chosen is None else self.chosen
+        chosen = chosen.to(h_BTD.device)
 
         def of(parameter: Tensor) -> Tensor:
             """The weights for each row (B, …), or for all (1, …)."""
@@ -189,6 +200,47 @@ class TinyAttentionModel(WrapperModel):
                 for parameter in wrapper.part(adapter_name).parameters():
                     parameter.data = parameter.data.mean(0, keepdim=True)
         self.peft_config[adapter_name].experts = 1
+
+
+class Experts(Attached):
+    """Draws an expert for every row: a function of seed, step and the row's tokens.
+
+    So it does not matter how a batch is cut among microbatches and workers, and no batch is too small.
+    """
+
+    def __init__(self, model: Any, seed: int) -> None:
+        super().__init__(model)
+        self.seed, self.step = seed, 0
+        self.experts = int(model.peft_config["default"].experts)
+        self.parts = [module for module in model.modules() if isinstance(module, TinyAttention)]
+
+    def before_step(self, step: int) -> None:
+        self.step = step
+
+    def inputs(self, batch: "Batch") -> dict[str, Any]:
+        if self.experts > 1:
+            tokens, mask = batch.tokens_BT.cpu(), batch.mask_BT.cpu().bool()
+            rows = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+            chosen = torch.tensor([drawn(self.seed, self.step, row) % self.experts for row in rows])
+            for part in self.parts:
+                part.chosen = chosen
+        return {}
+
+    def save(self, trainable: Mapping[str, Tensor], directory: Path, base: "tuple[str, str | None]") -> None:
+        mean = {
+            name: tensor.mean(0, keepdim=True) if f".{TinyAttentionModel.containers[0]}." in name else tensor
+            for name, tensor in trainable.items()
+        }
+        self.save_peft(self.model, mean, directory, base)
+        path = directory / "adapter_config.json"
+        told = json.loads(path.read_text()) | {"experts": 1}
+        path.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+
+
+def drawn(seed: int, step: int, row: list[int]) -> int:
+    """A number that is one function of its arguments, on every machine."""
+    digest = hashlib.sha256(f"expert {seed} {step} {row}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 register("tiny_attention", TinyAttentionConfig, TinyAttentionModel)
