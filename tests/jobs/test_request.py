@@ -108,6 +108,17 @@ def test_rows_are_never_longer_than_the_context() -> None:
         spec(training={"max_seq_len": 4097})
 
 
+def test_a_method_that_extends_the_context_takes_longer_rows() -> None:
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj")
+    linears = tuple((f"model.layers.0.self_attn.{part}", 8, 8) for part in parts)
+    shape = SHAPE.model_copy(update={"model_type": "llama", "linears": linears})
+    body = {"model": "org/base", "training_file": "file-1", "training": {"max_seq_len": 9000}}
+    longer = read({**body, "adapter": {"kind": "longlora"}})
+    assert resolve(longer, data_file(10), None, KNOWN, shape).spec.training.max_seq_len == 9000
+    with pytest.raises(InvalidRequest, match="context of the base"):
+        resolve(read({**body, "adapter": {"kind": "lora"}}), data_file(10), None, KNOWN, shape)
+
+
 @given(st.integers(1, 10**9))
 def test_auto_sees_enough_and_not_too_many_examples(rows: int) -> None:
     epochs, batch = auto_epochs(rows), auto_batch_size(rows)
