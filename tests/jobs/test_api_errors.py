@@ -244,7 +244,7 @@ def test_bad_json_is_refused_on_every_route_that_reads_it(
         for method, path, operation in operations(document)
         if "application/json" in operation.get("requestBody", {}).get("content", {})
     ]
-    assert len(routes) == 5
+    assert len(routes) == 6
     for path in routes:
         url = service.url.removesuffix("/v1") + path.format(**things)
         answer = http.post(url, content=BAD_JSON[case], headers={"content-type": "application/json"})
@@ -459,7 +459,9 @@ def test_every_method_that_a_route_has_not_is_405(
             if "{" in path:
                 continue
             answer = http.request(method, service.url.removesuffix("/v1") + path)
-            assert answer.status_code == 405
+            # There the last segment is the name of an adapter that is not there.
+            named = path == "/v1/adapters/operations" and method in ("get", "delete")
+            assert answer.status_code == (404 if named else 405)
             check_envelope(answer)
 
 
