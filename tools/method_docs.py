@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "methods"
 RESULTS = DOCS / "results.json"
+CLAIMS = DOCS / "claims.json"
 TASKS = {
     "banking77": "banking77 on a 22 M encoder (accuracy over 77 classes)",
     "tool_calls": "tool calls on the shipped 3.4 M base (share of answer tokens that are right)",
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    known = {path.name for path in wanted} | {RESULTS.name}
+    known = {path.name for path in wanted} | {RESULTS.name, CLAIMS.name}
     stray = [path for path in DOCS.glob("*") if path.name not in known]
     for path in stray:
         if "--check" in arguments:
@@ -132,7 +133,8 @@ def page(method: Any, results: dict[str, Any]) -> str:
     ]
     if method.corrections:
         lines += ["## Often said, and not so", ""]
-        lines += [f"- {text}" for text in method.corrections]
+        claims = json.loads(CLAIMS.read_text())
+        lines += [f"- {text.format(**claims)}" for text in method.corrections]
         lines.append("")
     measured = [(task, results.get(f"{task}/{kind}")) for task in TASKS]
     if any(found and "quality" in found for _, found in measured):

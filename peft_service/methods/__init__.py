@@ -96,11 +96,14 @@ class Method(Frozen):
     use_when: ClassVar[str] = ""
     limits: ClassVar[str] = ""
     corrections: ClassVar[tuple[str, ...]] = ()
-    """What is often said of it and is not so, each with the number that was measured or computed."""
+    """What is often said of it and is not so; braces take numbers of docs/methods/claims.json (measured by
+    tools/measure_claims.py)."""
     aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Other names that a request may use -> the fields that they set (`base.quantize` among them)."""
     sources_of: ClassVar[tuple[str, ...]] = ()
     """Kinds of the methods whose published adapters it starts from; such a method has a field `sources`."""
+    trains: ClassVar[bool] = True
+    """False: attaching it is all there is; no step is taken, and rows are only read."""
     needs_tasks: ClassVar[bool] = False
     """Whether its data must name the task of every row."""
     extends_context: ClassVar[bool] = False

@@ -48,6 +48,13 @@ class PromptTuning(Method):
     limits: ClassVar[str] = (
         "Slow to learn on small bases. An encoder's class is then read from the first virtual token."
     )
+    corrections: ClassVar[tuple[str, ...]] = (
+        "“For a black-box model behind an API, prompt tuning is the only fine-tuning that is possible.” It needs "
+        "gradients, and embeddings as input, which such an API does not have. With the nearest real tokens in the "
+        "place of a trained prompt nothing is left: on the shipped base the held-out loss is "
+        "{black_box[base_loss]:.2f} without, {black_box[prompt_loss]:.2f} with the prompt, and "
+        "{black_box[nearest_tokens_loss]:.2f} with its nearest tokens.",
+    )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"soft_prompt": {}, "soft_prompts": {}, "prompt": {}}
     small: ClassVar[dict[str, Any]] = {"virtual_tokens": 5}
     can: ClassVar[Capabilities] = Capabilities(
