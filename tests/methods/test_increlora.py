@@ -1,5 +1,7 @@
 """IncreLoRA: the gradient of the whole change is exact, the best layers grow, and the total is the budget."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -76,9 +78,7 @@ def test_ranks_are_what_the_papers_formulas_say(root):
         history.append(list(ranks))
     assert sum(ranks) == 3 * 14
     assert len(set(ranks)) > 1
-    assert all(
-        a <= b for one, two in zip(history, history[1:], strict=False) for a, b in zip(one, two, strict=True)
-    )
+    assert all(a <= b for one, two in pairwise(history) for a, b in zip(one, two, strict=True))
 
 
 def test_a_layer_with_a_planted_gradient_grows_first(root):
@@ -104,7 +104,7 @@ def test_places_not_in_use_contribute_nothing_and_do_not_move(root):
     live = _live(root)
     layers = live.attached.layers
     first = {
-        name: (down(l).weight.detach().clone(), up(l).weight.detach().clone()) for name, l in layers.items()
+        name: (down(y).weight.detach().clone(), up(y).weight.detach().clone()) for name, y in layers.items()
     }
     used = [0] * 14
     for step in range(STEPS):
@@ -117,8 +117,8 @@ def test_places_not_in_use_contribute_nothing_and_do_not_move(root):
         for layer, count in zip(layers.values(), in_use, strict=True):
             assert not down(layer).strength()[count:].any()
         resting = [
-            float(down(l).strength()[r].detach())
-            for l, r in zip(layers.values(), live.attached.ranks, strict=True)
+            float(down(y).strength()[r].detach())
+            for y, r in zip(layers.values(), live.attached.ranks, strict=True)
             if r < 6
         ]
         if live.attached.growing():
@@ -126,7 +126,7 @@ def test_places_not_in_use_contribute_nothing_and_do_not_move(root):
         else:
             assert not any(resting)
         live.step(step)
-    moved = [not torch.equal(down(l).weight[:1], first[name][0][:1]) for name, l in layers.items()]
+    moved = [not torch.equal(down(y).weight[:1], first[name][0][:1]) for name, y in layers.items()]
     assert all(moved)
 
 
