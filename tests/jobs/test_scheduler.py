@@ -23,6 +23,7 @@ from peft_service import catalog
 from peft_service.adapter import verify
 from peft_service.errors import StoreUnavailable
 from peft_service.run import RunInput
+from peft_service.spec import spec_of
 from peft_service.store import open_store
 from tests.jobs.rows import PROJECT, add_project, new_job, plan
 from tests.launchers import ProcessLauncher
@@ -187,6 +188,30 @@ def test_the_catalog_can_be_rebuilt_from_the_store(world: World) -> None:
         after = conn.execute(select(adapters).order_by(adapters.c.seq)).all()
         assert {row.id: row[2:] for row in after} == {row.id: row[2:] for row in before}
         assert catalog.rebuild(conn, world.store, PROJECT) == (3, []), "twice is once"
+
+
+def test_an_operation_on_adapters_survives_a_crash_and_keeps_its_lineage(world: World) -> None:
+    world.launcher.behaviour = {"1": {"die_at": 1}}
+    source = {"reference": "a@1", "id": "adapter_1", "key": "k", "digest": "d" * 64, "method": "lora"}
+    told = {
+        "name": "both",
+        "base": {"id": "org/tiny", "uri": "file:///nowhere", "digest": "d" * 64},
+        "method": {"kind": "lora", "rank": 8},
+        "operation": {"kind": "combine", "weights": [1.0]},
+        "sources": [source],
+    }
+    row = world.ends(world.scheduler(), queue.submit(world.engine, new_job(spec=spec_of(told))).id)
+    assert (row.state, row.attempt, row.error) == ("succeeded", 2, None)
+    assert world.messages(row.id)[0] == f"Created job: {row.id}, combine of a@1"
+    with writing(world.engine) as conn:
+        adapter = catalog.find(conn, PROJECT, "both@1")
+        assert catalog.lineage(adapter)["sources"] == [source]
+        assert catalog.lineage(adapter)["operation"]["weights"] == [1.0]
+        conn.execute(adapters.delete())
+        assert catalog.rebuild(conn, world.store, PROJECT) == (1, [])
+    assert adapter.location.startswith(f"{PROJECT}/adapters/") and adapter.method == "lora"
+    card = world.store.get(f"{adapter.location}/README.md").decode()
+    assert "adapter_1" in card and "weights" in card
 
 
 # ------------------------------------------------------------------------------------------- failures
