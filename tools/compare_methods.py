@@ -2,8 +2,8 @@
 
     python tools/compare_methods.py              `make compare` does, and installs the encoder
 
-Two tasks: the 77 classes of banking77 on the encoder, and the shipped base writing the demo's tool calls. Every
-method runs in a process of its own, forked from one that has the libraries, with one thread, at its own
+Two tasks: the 77 classes of banking77 on the encoder, and the shipped base writing the demo's tool calls.
+Every method runs in a process of its own, forked from one that has the libraries, with one thread, at its own
 default learning rate. Results go to docs/methods/results.json as they come; `tools/method_docs.py` makes the
 pages, the table and the chart of it. A method that is there already is not run again: --again KIND does.
 """
@@ -30,8 +30,12 @@ SEED = 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=Path, default=None, help="a BERT-like model; default: a small real one")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--encoder", type=Path, default=None, help="a BERT-like model; default: a small real one"
+    )
     parser.add_argument("--banking77", type=Path, default=ROOT.parent / "shared/data/banking77/train.csv")
     parser.add_argument("--again", action="append", default=[], metavar="KIND")
     parser.add_argument("--only", action="append", default=[], metavar="KIND")
@@ -105,7 +109,10 @@ def _child(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", p
             os.dup2(log.fileno(), 2)
         told = _run(method, task, base, data, place)
     except Exception as error:
-        told = {"error": f"{type(error).__name__}: {error}"[:400], "traceback": traceback.format_exc()[-1500:]}
+        told = {
+            "error": f"{type(error).__name__}: {error}"[:400],
+            "traceback": traceback.format_exc()[-1500:],
+        }
     out.write_text(json.dumps(told))
     return 0
 
@@ -164,10 +171,11 @@ def _run(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", pla
             next(iter(model.parameters())).requires_grad_(True)
     else:
         rate = made.rate()
-        sample = lambda count: [  # noqa: E731
-            batches.microbatches(rows, [row], 0, 1, 1, pad_id, "cpu", **collate)[0]
-            for row in batches.order(rows.rows, 0, SEED)[:count].tolist()
-        ]
+
+        def sample(count: int) -> list[Any]:
+            taken = batches.order(rows.rows, 0, SEED)[:count].tolist()
+            return batches.microbatches(rows, taken, 0, 1, 1, pad_id, "cpu", **collate)
+
         material = Material(
             sources=_sources(made, case, task, base, data, place),
             tokenizer=tokenizer,

@@ -1,8 +1,8 @@
 """Measure what is often said of fine-tuning methods and is not so; docs/methods/claims.json has the numbers.
 
 1. "65B on 24 GB": bytes a weight of a linear layer in NF4 with double quantisation, times 65 billion.
-2. "Soft prompts suit black-box models": a trained prompt against the nearest real tokens, which are all that an
-   API which takes text can be given.
+2. "Soft prompts suit black-box models": a trained prompt against the nearest real tokens, which are
+   all that an API which takes text can be given.
 3. "Subtract BA, add B'A' to switch": how far a bf16 weight has drifted after so many switches to and fro.
 """
 
@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def nf4() -> dict[str, float]:
-    """Measured on one layer of 4096 x 4096, as a 65B model has them; the scales' scales vanish at that size."""
+    """Of one layer of 4096 x 4096: a 65B model's are larger, and their scales' scales weigh even less."""
     import bitsandbytes
     import torch
 
@@ -73,7 +73,9 @@ def black_box(steps: int = 150) -> dict[str, float]:
     engine, collate = LocalEngine(attached, training), collate_of(case, model)
 
     def loss() -> float:
-        return evaluate(engine, SFT(), held, microbatch=8, pad_id=pad, attached=attached, collate=collate).loss
+        return evaluate(
+            engine, SFT(), held, microbatch=8, pad_id=pad, attached=attached, collate=collate
+        ).loss
 
     with attached.model.disable_adapter():
         base = loss()

@@ -24,7 +24,7 @@ TASKS = {
 WORDS = {
     "peft": "a PEFT adapter that plain peft loads",
     "registered": "a PEFT adapter of a type of ours: loads after `import peft_service.tuners`",
-    "delta": "a delta: changed weights of the base, put on and taken off by `peft_service.artifact` and `.delta`",
+    "delta": "a delta: changed weights of the base, put on by `peft_service.artifact.load`",
     "model": "a whole model that plain transformers loads",
     "composite": "several parts in one directory, put together by `peft_service.artifact.load`",
 }
@@ -127,8 +127,8 @@ def page(method: Any, results: dict[str, Any]) -> str:
         "|---|---|",
         *_capabilities(method),
         "",
-        f"The artifact is {WORDS[can.carrier]}. At best it is loaded by: {_servers(can)}. What a given artifact "
-        "can be loaded by, and why not by the others, is in its manifest and on its card.",
+        f"The artifact is {WORDS[can.carrier]}. At best it is loaded by: {_servers(can)}. What a given "
+        "artifact can be loaded by, and why not by the others, is in its manifest and on its card.",
         "",
     ]
     if method.corrections:
@@ -141,7 +141,7 @@ def page(method: Any, results: dict[str, Any]) -> str:
         lines += [
             "## Measured",
             "",
-            "Same data, steps and seed for all methods, each at its own default learning rate; one CPU thread.",
+            "Same data, steps and seed for all methods, each at its own default rate; one CPU thread.",
             "",
             "| | quality | loss | trainable | seconds | memory | artifact |",
             "|---|---|---|---|---|---|---|",
@@ -225,8 +225,8 @@ def index(methods: list[Any], results: dict[str, Any]) -> str:
     lines = [
         "# Fine-tuning methods",
         "",
-        f"{len(methods)} methods, one file each in `peft_service/methods/`; this page and the others here are "
-        "generated from them",
+        f"{len(methods)} methods, one file each in `peft_service/methods/`; this page and the others here "
+        "are generated from them",
         "by `tools/method_docs.py`. `GET /v1/methods` says the same over the API. A request names one in "
         '`"adapter": {"kind": …}`;',
         "names are compared without case, blanks, `-` and `_`.",
@@ -245,8 +245,8 @@ def index(methods: list[Any], results: dict[str, Any]) -> str:
             lines.append(
                 f"| [{method.title}]({kind_of(method)}.md) `{kind_of(method)}` | {method.summary} | "
                 f"{', '.join(short[name] for name in can.architectures)} | {'yes' if can.nf4 else 'no'} | "
-                f"{', '.join(map(str, can.zero_stages))} | {'yes' if can.mergeable else 'no'} | {can.carrier} | "
-                f"{_servers(can)} |"
+                f"{', '.join(map(str, can.zero_stages))} | {'yes' if can.mergeable else 'no'} | "
+                f"{can.carrier} | {_servers(can)} |"
             )
         lines.append("")
     lines += _measured(methods, results)
@@ -259,9 +259,9 @@ def _measured(methods: list[Any], results: dict[str, Any]) -> list[str]:
     lines = [
         "## Measured",
         "",
-        "Written by `make compare`: every method with the same data, steps and seed, at its own default learning",
-        "rate, one CPU thread. Not tuned: a method that needs longer shows it. Memory is what the training added",
-        "to the process; time is the thread's own.",
+        "Written by `make compare`: every method with the same data, steps and seed, at its own default",
+        "learning rate, one CPU thread. Not tuned: a method that needs longer shows it. Memory is what the",
+        "training added to the process; time is the thread's own.",
         "",
     ]
     for task, words in TASKS.items():
@@ -329,8 +329,8 @@ def chart(task: str, results: dict[str, Any]) -> str:
         f'<text x="{left}" y="20" font-size="14">{html.escape(TASKS[task])}</text>',
         f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">trainable share of the base '
         f"(logarithmic)</text>",
-        f'<text transform="translate(18 {height / 2}) rotate(-90)" text-anchor="middle">quality relative to full '
-        f"fine-tuning</text>",
+        f'<text transform="translate(18 {height / 2}) rotate(-90)" text-anchor="middle">quality relative '
+        f"to full fine-tuning</text>",
     ]
     for exponent in range(low, 1):
         at = x(10.0**exponent)
@@ -345,7 +345,8 @@ def chart(task: str, results: dict[str, Any]) -> str:
         base = results[f"{task}/baseline"].get("quality", 0) / full
         out.append(
             f'<line x1="{left}" y1="{y(base):.1f}" x2="{width - right}" y2="{y(base):.1f}" stroke="#b33" '
-            f'stroke-dasharray="5 4"/><text x="{left + 4}" y="{y(base) - 4:.1f}" fill="#b33">untouched base</text>'
+            f'stroke-dasharray="5 4"/><text x="{left + 4}" y="{y(base) - 4:.1f}" fill="#b33">untouched '
+            f"base</text>"
         )
     taken: list[tuple[float, float]] = []
     for name, share, relative in sorted(points, key=lambda point: -point[2]):

@@ -1,4 +1,4 @@
-"""Every method over REST, to a proven artifact in the store and an entry in the catalog that says who can load it.
+"""Every method over REST, to a proven artifact and an entry in the catalog that says who can load it.
 
 The suites of methods show what each does right; this shows that each goes the whole way: request, plan, queue,
 Ray workers, DeepSpeed, gate, publication. `make test-methods`.

@@ -5,10 +5,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
 from peft_service.formats import FORMATS
 from peft_service.objectives import OBJECTIVES
 from peft_service.tokenise import Meaning, tokenise
-
 from tests.tiny import tiny_tokenizer
 
 WIDTH, LAYERS, VOCABULARY = 32, 2, 300
@@ -144,7 +144,9 @@ def objective_of(task: str):
 
 def labels_of(task: str, tasks: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The labels in `rows`."""
-    shape = next(variant() for variant in FORMATS if variant.model_fields["kind"].default == format_of_task(task))
+    shape = next(
+        variant() for variant in FORMATS if variant.model_fields["kind"].default == format_of_task(task)
+    )
     return tuple(sorted({label for row in rows(task, tasks=tasks) for label in shape.labels(row)}))
 
 

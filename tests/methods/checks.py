@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
 from peft_service import artifact, base_model, batches, methods
 from peft_service.errors import InvalidRequest
 from peft_service.gate import weights_of
@@ -23,10 +25,8 @@ from peft_service.methods import METHODS, Case, Material, Method
 from peft_service.run import collate_of
 from peft_service.spec import Training
 from peft_service.tasks import tasks_of
-from peft_service.train import LocalEngine, train_step
+from peft_service.train import LocalEngine, StillEngine, train_step
 from peft_service.variants import kind_of
-from safetensors.torch import save_file
-
 from tests.methods import bases
 
 STEPS, ROWS = 6, 4
@@ -74,7 +74,11 @@ def trials(root: Path) -> list[Trial]:
                 kinds = [kind for kind in bases.KINDS if bases.ARCHITECTURES[kind] == architecture]
                 for task in tasks_of(architecture):
                     trial = next(
-                        (trial for kind in kinds if admitted(trial := Trial(method, kind, task, alias), root)),
+                        (
+                            trial
+                            for kind in kinds
+                            if admitted(trial := Trial(method, kind, task, alias), root)
+                        ),
                         None,
                     )
                     if trial is not None:
@@ -120,7 +124,9 @@ def case_of(trial: Trial, steps: int = STEPS, seed: int = 0) -> Case:
 class Live:
     """A trial at work in this process."""
 
-    def __init__(self, trial: Trial, root: Path, *, steps: int = STEPS, rate: float | None = None, engine=None):
+    def __init__(
+        self, trial: Trial, root: Path, *, steps: int = STEPS, rate: float | None = None, engine=None
+    ):
         self.trial, self.root = trial, root
         self.directory = directory_of(trial.base, root)
         self.case = case_of(trial, steps)
@@ -145,7 +151,9 @@ class Live:
             objective=self.objective,
         )
         self.attached = trial.method.attach(model, self.case, material)
-        self.engine = (engine or LocalEngine)(self.attached, self.training)
+        self.engine = (engine or (LocalEngine if trial.method.trains else StillEngine))(
+            self.attached, self.training
+        )
 
     def batch(self, rows, rank: int = 0, world: int = 1, size: int = 100):
         (batch,) = batches.microbatches(self.data, list(rows), rank, world, size, 2, "cpu", **self.collate)
@@ -279,12 +287,13 @@ def check_all(trial: Trial, root: Path, directory: Path) -> dict[str, str]:
     frozen = {n: p.detach().clone() for n, p in attached.model.named_parameters() if n not in names}
     start = {name: p.detach().clone() for name, p in names.items()}
 
-    losses = [live.step(number) for number in range(STEPS)]
+    losses = [live.step(number) for number in range(STEPS if method.trains else 0)]
     assert all(map(math.isfinite, losses)), losses
     for name, parameter in attached.model.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name]), f"FROZEN: {name} has moved"
-    assert any(not torch.equal(start[name], p) for name, p in names.items()), "nothing has moved"
+    moved = any(not torch.equal(start[name], p) for name, p in names.items())
+    assert moved or not method.trains, "nothing has moved"
     found["FROZEN"] = f"{len(frozen)} tensors"
 
     said = live.answers()
@@ -294,7 +303,9 @@ def check_all(trial: Trial, root: Path, directory: Path) -> dict[str, str]:
     weights = weights_of(directory)
     values = sum(t.numel() for name, t in weights.items() if not name.endswith(".index"))
     stored = methods.stored(method, shape, live.case)
-    assert stored is None or values == stored, f"COUNT: {values} values in the file, the formula says {stored}"
+    assert stored is None or values == stored, (
+        f"COUNT: {values} values in the file, the formula says {stored}"
+    )
     found["COUNT"] = f"{count} train, {values} stored"
 
     model, again = load(live, directory)
@@ -317,6 +328,8 @@ def check_all(trial: Trial, root: Path, directory: Path) -> dict[str, str]:
     else:
         found["MERGE"] = f"not defined: {can.why['mergeable']}"
 
+    if not method.trains:
+        return found | {"RESUME": "not applicable: nothing is trained"}
     first = Live(trial, root)
     for number in range(STEPS // 2):
         first.step(number)

@@ -1,7 +1,7 @@
 """`python -m tests.methods.ranks WORK ROOT RANK WORLD`: trials on DeepSpeed ZeRO, as one rank of several.
 
-WORK/trials.json lists [kind, base, task, alias, stages]. Rank 0 writes WORK/<trial>-<stage>.json with the losses of
-the steps and what went wrong, and the artifact beside it; both ranks train every trial.
+WORK/trials.json lists [kind, base, task, alias, stages]. Rank 0 writes WORK/<trial>-<stage>.json with the
+losses of the steps and what went wrong, and the artifact beside it; both ranks train every trial.
 """
 
 import json
