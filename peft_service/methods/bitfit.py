@@ -57,7 +57,8 @@ class BitFit(Method):
         if not biases:
             raise InvalidRequest(
                 f"bitfit trains bias vectors, and this {shape.model_type or 'base'} has none. What does "
-                "the like there: kind peft with type BEFT (adds biases to linear layers) or LN_TUNING (trains the "
+                "the like there: kind peft with type BEFT (adds biases to linear layers) or LN_TUNING "
+                "(trains the "
                 "norms), or kind ia3 (scales keys, values and the feed-forward network).",
                 code="method_not_applicable",
                 param="adapter.kind",

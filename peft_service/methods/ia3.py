@@ -72,7 +72,8 @@ class IA3(Method):
         outputs, inputs = self._layers([name for name, _, _ in part.linears])
         if not outputs and not inputs:
             raise InvalidRequest(
-                f"ia3 finds no keys, values or feed-forward layers in this {shape.model_type or 'base'}; name them "
+                f"ia3 finds no keys, values or feed-forward layers in this {shape.model_type or 'base'}; "
+                "name them "
                 "in targets and feedforward.",
                 param="adapter.targets",
             )

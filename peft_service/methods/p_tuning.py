@@ -6,7 +6,7 @@ The authors also tuned the language model in their few-shot experiments; here it
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method
@@ -31,7 +31,9 @@ class PTuning(Method):
     title: ClassVar[str] = "P-tuning"
     family: ClassVar[str] = "soft prompt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.10385"
-    summary: ClassVar[str] = "Virtual tokens anywhere in a template, tied together by an LSTM while they train."
+    summary: ClassVar[str] = (
+        "Virtual tokens anywhere in a template, tied together by an LSTM while they train."
+    )
     formula: ClassVar[str] = "h = MLP(BiLSTM(e)); P·d values are kept, P·d and the encoder's train"
     use_when: ClassVar[str] = "Understanding tasks, and prompts around the text and not only before it."
     limits: ClassVar[str] = "Literal words are no part of the template: they belong into the data's text."
@@ -54,7 +56,8 @@ class PTuning(Method):
         found = _TEMPLATE.fullmatch(value)
         if found is None or not 1 <= sum(int(part or 0) for part in found.groups()[:2]) <= 1024:
             raise ValueError(
-                "write {prompt:3}{text}{prompt:2}: numbers of virtual tokens before the text and behind it, at "
+                "write {prompt:3}{text}{prompt:2}: numbers of virtual tokens before the text and behind "
+                "it, at "
                 "least one and at most 1024 in all; virtual tokens behind an answer would say nothing."
             )
         return value
@@ -65,7 +68,11 @@ class PTuning(Method):
 
         from peft_service.attached import head_modules
         from peft_service.tasks import PEFT_TASKS
-        from peft_service.tuners.template_prompt import TemplatePromptConfig, TemplatePrompted, input_embedding
+        from peft_service.tuners.template_prompt import (
+            TemplatePromptConfig,
+            TemplatePrompted,
+            input_embedding,
+        )
 
         before, between = self._numbers()
         embedding = model.get_submodule(input_embedding(model))
@@ -96,7 +103,8 @@ class PTuning(Method):
         check_width(shape, self.kind)
         if shape.architecture == "encoder_decoder" and case.task != "seq2seq_lm":
             raise InvalidRequest(
-                f"p_tuning does not work for {case.task.replace('_', ' ')} on a {shape.model_type}, whose decoder reads "
+                f"p_tuning does not work for {case.task.replace('_', ' ')} on a {shape.model_type}, whose "
+                "decoder reads "
                 "the encoder's ids again. Use LoRA, or an encoder.",
                 code="method_not_applicable",
                 param="adapter.kind",

@@ -26,7 +26,9 @@ class PTuningV2(Method):
     family: ClassVar[str] = "soft prompt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.07602"
     summary: ClassVar[str] = "Deep prompts with a classification head: a prefix in every layer."
-    formula: ClassVar[str] = "K = [P_K; K], V = [P_V; V] in every layer, and a head; 2·L·P·k values + the head's"
+    formula: ClassVar[str] = (
+        "K = [P_K; K], V = [P_V; V] in every layer, and a head; 2·L·P·k values + the head's"
+    )
     use_when: ClassVar[str] = "Classes, tags or extracted answers with a small artifact."
     limits: ClassVar[str] = "No gradient checkpointing."
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"deep_prompt_tuning": {}}

@@ -40,7 +40,8 @@ class PrefixTuning(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2101.00190"
     summary: ClassVar[str] = "Trainable keys and values in front of those of every layer."
     formula: ClassVar[str] = (
-        "K = [P_K; K], V = [P_V; V]; 2·L·P·k values (flat), with the MLP while training P·k + k·h + h + (h + 1)·2·L·k"
+        "K = [P_K; K], V = [P_V; V]; 2·L·P·k values (flat), with the MLP while training P·k + k·h + h + "
+        "(h + 1)·2·L·k"
     )
     use_when: ClassVar[str] = "Generation with a small artifact, where prompt tuning is too weak."
     limits: ClassVar[str] = "Longer attention in every layer; of an encoder-decoder only the decoder."
@@ -104,7 +105,8 @@ def check_prefix(shape: "ModelShape", kind: str) -> None:
     """Refuse bases whose classes take no keys and values from outside."""
     if shape.model_type in _WITHOUT_CACHE:
         raise InvalidRequest(
-            f"{kind}: transformers' {shape.model_type} takes no keys and values from outside (past_key_values), so "
+            f"{kind}: transformers' {shape.model_type} takes no keys and values from outside "
+            "(past_key_values), so "
             "a prefix has no way in. Use LoRA, or a BERT, RoBERTa or ELECTRA.",
             code="method_not_applicable",
             param="adapter.kind",

@@ -23,8 +23,10 @@ def check_width(shape: "ModelShape", kind: str) -> None:
     """Refuse a base whose embeddings are not as wide as its hidden states, which peft assumes."""
     if shape.vocab and shape.embedding_parameters not in (0, shape.vocab * shape.hidden):
         raise InvalidRequest(
-            f"{kind}: the embeddings of this {shape.model_type} are {shape.embedding_parameters // shape.vocab} wide "
-            f"and its hidden states {shape.hidden}; peft takes them for the same. Use LoRA, or prefix_tuning.",
+            f"{kind}: the embeddings of this {shape.model_type} are "
+            f"{shape.embedding_parameters // shape.vocab} wide "
+            f"and its hidden states {shape.hidden}; peft takes them for the same. Use LoRA, or "
+            "prefix_tuning.",
             code="method_not_applicable",
             param="adapter.kind",
         )
@@ -49,8 +51,10 @@ class PromptTuning(Method):
         "Slow to learn on small bases. An encoder's class is then read from the first virtual token."
     )
     corrections: ClassVar[tuple[str, ...]] = (
-        "“For a black-box model behind an API, prompt tuning is the only fine-tuning that is possible.” It needs "
-        "gradients, and embeddings as input, which such an API does not have. With the nearest real tokens in the "
+        "“For a black-box model behind an API, prompt tuning is the only fine-tuning that is possible.” "
+        "It needs "
+        "gradients, and embeddings as input, which such an API does not have. With the nearest real "
+        "tokens in the "
         "place of a trained prompt nothing is left: on the shipped base the held-out loss is "
         "{black_box[base_loss]:.2f} without, {black_box[prompt_loss]:.2f} with the prompt, and "
         "{black_box[nearest_tokens_loss]:.2f} with its nearest tokens.",
@@ -104,7 +108,8 @@ def check_prompt(shape: "ModelShape", case: Case, kind: str) -> None:
     check_width(shape, kind)
     if shape.architecture == "encoder_decoder" and case.task != "seq2seq_lm":
         raise InvalidRequest(
-            f"{kind} does not work for {case.task.replace('_', ' ')} on a {shape.model_type}: {NO_ENCODER_DECODER}.",
+            f"{kind} does not work for {case.task.replace('_', ' ')} on a {shape.model_type}: "
+            f"{NO_ENCODER_DECODER}.",
             code="method_not_applicable",
             param="adapter.kind",
         )

@@ -69,7 +69,9 @@ class Encoder(Table):
     def __init__(self, count: int, width: int, kind: str) -> None:
         super().__init__(count, width)
         self.lstm = (
-            nn.LSTM(width, width // 2, num_layers=2, bidirectional=True, batch_first=True) if kind == "lstm" else None
+            nn.LSTM(width, width // 2, num_layers=2, bidirectional=True, batch_first=True)
+            if kind == "lstm"
+            else None
         )
         # peft's MLP has three layers, the authors' behind the LSTM two.
         sizes = 2 if kind == "lstm" else 3
@@ -105,9 +107,7 @@ class Placeholders(Wrapper):
         return torch.where(virtual[..., None], rows, words)
 
 
-def placed(
-    mask_BT: Tensor, boundary_B: Tensor | None, before: int, between: int
-) -> tuple[Tensor, Tensor]:
+def placed(mask_BT: Tensor, boundary_B: Tensor | None, before: int, between: int) -> tuple[Tensor, Tensor]:
     """(source (B, T + P), position (B, T)): what stands where, and where the row's own tokens went.
 
     `source` is a token's place in the row, or T + the number of the virtual token. Virtual tokens are beside the
@@ -183,7 +183,9 @@ class TemplatePromptModel(WrapperModel):
         if self._config() is None or ids is None or kwargs.get("past_key_values") is not None:
             return args, kwargs
         if kwargs.get("position_ids") is not None or kwargs.get("labels") is not None:
-            raise ValueError("template prompts: give input_ids and attention_mask, without positions and labels.")
+            raise ValueError(
+                "template prompts: give input_ids and attention_mask, without positions and labels."
+            )
         ids, mask, source, position = self.expanded(ids, kwargs.get("attention_mask"), boundary)
         kwargs |= {"input_ids": ids, "attention_mask": mask}
         if (types := kwargs.get("token_type_ids")) is not None:
@@ -200,7 +202,9 @@ class TemplatePromptModel(WrapperModel):
             said = output.get(name)
             if said is None or (name == "logits" and said.ndim != 3):
                 continue
-            index = position if said.ndim == 2 else position[..., None].expand(*position.shape, said.shape[-1])
+            index = (
+                position if said.ndim == 2 else position[..., None].expand(*position.shape, said.shape[-1])
+            )
             output[name] = said.gather(1, index)
         return output
 
@@ -209,7 +213,9 @@ class TemplatePromptModel(WrapperModel):
         a model is given embeddings. An encoder-decoder's encoder is given them by the forward hook."""
         if self._config() is None or self.model.config.is_encoder_decoder:
             if self._config() is not None:
-                raise ValueError("template prompts: generation is for decoders; of an encoder-decoder call forward.")
+                raise ValueError(
+                    "template prompts: generation is for decoders; of an encoder-decoder call forward."
+                )
             return self.model.generate(*args, **kwargs)
         ids, mask, _, _ = self.expanded(kwargs.pop("input_ids"), kwargs.pop("attention_mask", None), None)
         embeds = self.model.get_input_embeddings()(ids)
@@ -248,7 +254,9 @@ class TemplatePrompted(Attached):
         kept[f"{where}{mark}weight"] = table_of(self.config, own)
         self.save_peft(self.model, kept, directory, base)
         path = directory / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder": "none"}, indent=2, sort_keys=True) + "\n")
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"encoder": "none"}, indent=2, sort_keys=True) + "\n"
+        )
 
 
 def table_of(config: TemplatePromptConfig, tensors: Mapping[str, Tensor]) -> Tensor:
