@@ -243,7 +243,7 @@ def shortened(inputs: "dict[str, Tensor]") -> "dict[str, Tensor]":
     width = mask.shape[1]
 
     def cut(name: str, tensor: Any) -> Any:
-        whole = tensor.ndim != 2 or (tensor.shape[1] != width and name != "decoder_input_ids")
+        whole = tensor.ndim != 2 or (tensor.shape[1] != width and name not in ("decoder_input_ids", "labels"))
         if whole or tensor.shape[1] <= PROBE_TOKENS:
             return tensor
         return tensor[:, -PROBE_TOKENS:] if left else tensor[:, :PROBE_TOKENS]
