@@ -159,7 +159,7 @@ def work(
         InvalidTrainingFile: a step has nothing to learn.
     """
     from peft_service.tokenise import Tokenised
-    from peft_service.train import Progress, fit
+    from peft_service.train import Progress, StillEngine, evaluate, fit
 
     spec = run.spec
     metrics = MetricsWriter(store, run.prefix) if rank == 0 else None
@@ -194,6 +194,23 @@ def work(
     if gradient_checkpointing:
         whole.gradient_checkpointing_enable({"use_reentrant": False})
         whole.enable_input_require_grads()  # the checkpointed blocks begin frozen
+    if not spec.method.trains:
+        told: dict[str, float] = {}
+        if rank == 0:
+            still = StillEngine(attached, spec.training)
+            if validation is not None:
+                found = evaluate(
+                    still,
+                    spec.objective,
+                    validation,
+                    microbatch=microbatch,
+                    pad_id=pad_id,
+                    attached=attached,
+                    collate=collate,
+                )
+                told = {"valid_loss": found.loss, "valid_mean_token_accuracy": found.accuracy}
+            _stage(run, store, workdir, still, attached, case, tokenizer, data, pad_id, collate)
+        return WorkResult(state="succeeded", step=0, trained_tokens=0, metrics=told)
     engine = build_engine(attached, spec.training)
 
     start = _resume(run, store, workdir, engine, attached, rank)

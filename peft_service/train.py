@@ -162,6 +162,41 @@ class LocalEngine:
         return {name: p.detach().cpu().clone().contiguous() for name, p in self.parameters.items()}
 
 
+class StillEngine:
+    """For what has nothing to train: one process holds the model, and no step can be taken."""
+
+    rank = 0
+    world = 1
+
+    def __init__(self, attached: Attached, training: Training) -> None:
+        self.model = attached.model
+        self.device = next(self.model.parameters()).device
+
+    def backward(self, loss: Tensor) -> None:
+        raise TypeError("nothing trains here")
+
+    def step(self, learning_rate: float) -> float:
+        raise TypeError("nothing trains here")
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def gradient(self, name: str) -> Tensor:
+        raise KeyError(name)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """There is none."""
+
+    def trainable(self) -> dict[str, Tensor]:
+        return {}
+
+
 def adamw(attached: Attached, training: Training) -> torch.optim.AdamW:
     """The optimizer of every engine: a group for each ratio of learning rates; the rate itself is set at
     each step."""
