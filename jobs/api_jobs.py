@@ -273,8 +273,10 @@ def preflight(caller: AsCaller, raw: Raw) -> Preflight:
     )
 
 
-def _sources(caller: Caller, references: tuple[str, ...], base: Base) -> tuple[Source, ...]:
-    """The published adapters that a method starts from; they must be of the very base.
+def _sources(
+    caller: Caller, references: tuple[str, ...], base: Base, of: tuple[str, ...]
+) -> tuple[Source, ...]:
+    """The published adapters that a method starts from; they must be of the very base, and of methods `of`.
 
     Raises:
         InvalidRequest: one is not there, or is an adapter of another base.
@@ -294,6 +296,12 @@ def _sources(caller: Caller, references: tuple[str, ...], base: Base) -> tuple[S
                 f"{reference} is an adapter of {row.base_id} (digest {str(row.base_digest)[:12]}), but the job's "
                 f"base is {base.id} (digest {str(base.digest)[:12]})",
                 code="other_base",
+                param=param,
+            )
+        if of and row.method not in of:
+            raise InvalidRequest(
+                f"{reference} is a {row.method} adapter; this method starts from {' or '.join(of)}",
+                code="method_not_applicable",
                 param=param,
             )
         found.append(
@@ -330,7 +338,7 @@ def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
         body.base.revision if body.base else None,
     )
     known = Known(base.base, base.info.get("context_length"))
-    sources = _sources(caller, getattr(wanted.method, "sources", ()), base.base)
+    sources = _sources(caller, getattr(wanted.method, "sources", ()), base.base, wanted.method.sources_of)
     resolved = requests.resolve(wanted, training, validation, known, base.model_shape, sources)
     capacity = seen_capacity(caller)
     plan = None if capacity is None else make_plan(resolved.spec, base.model_shape, capacity)

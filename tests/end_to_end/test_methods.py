@@ -1,7 +1,7 @@
 """Every method over REST, to a proven artifact and an entry in the catalog that says who can load it.
 
-The suites of methods show what each does right; this shows that each goes the whole way: request, plan, queue,
-Ray workers, DeepSpeed, gate, publication. `make test-methods`.
+The suites of methods show what each does right; this shows that each goes the whole way: request, plan,
+queue, Ray workers, DeepSpeed, gate, publication. `make test-methods`.
 """
 
 import json
