@@ -1,0 +1,58 @@
+"""Arrow: several LoRAs in one artifact, with a router that needs no training.  arXiv:2405.11157."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from peft_service.errors import InvalidRequest
+from peft_service.methods import Case, Method
+from peft_service.methods.arrow import Arrow
+from peft_service.operations import Described, Done, Operation, Work, plain_lora
+
+
+class RouteByArrow(Operation):
+    kind: Literal["arrow"] = "arrow"
+    top_k: int = Field(3, ge=1, le=64)
+    temperature: float = Field(1.0, gt=0, le=100)
+    general: int = Field(0, ge=0, le=62)
+    """As in the method arrow."""
+
+    title: ClassVar[str] = "Arrow"
+    summary: ClassVar[str] = "Several LoRAs in one artifact; a token goes to those whose direction it has."
+    exact: ClassVar[bool] = True
+    takes: ClassVar[tuple[int, int]] = (2, 64)
+
+    def check(self, sources: Sequence[Described]) -> None:
+        for source in sources:
+            plain_lora(source, "arrow")
+            if saved := (source.config or {}).get("modules_to_save"):
+                raise InvalidRequest(
+                    f"{source.reference} has trained {', '.join(saved)} besides its LoRA, and a token cannot "
+                    "go to several heads: give adapters of language models",
+                    code="not_a_lora",
+                    param="adapters",
+                )
+        if self.general > len(sources) - 2:
+            raise InvalidRequest(
+                f"general {self.general} of {len(sources)} adapters leaves less than two to route among: set "
+                f"general to {len(sources) - 2}",
+                code="invalid_value",
+                param="operation.general",
+            )
+
+    def makes(self, sources: Sequence[Described]) -> Method:
+        return self._method(tuple(source.reference for source in sources))
+
+    def _method(self, sources: tuple[str, ...]) -> Arrow:
+        return Arrow(sources=sources, top_k=self.top_k, temperature=self.temperature, general=self.general)
+
+    def run(self, work: Work) -> Done:
+        from peft_service import updates
+        from peft_service.tuners.arrow import attach_arrow
+
+        method = self._method(tuple(path.name for path in work.sources))
+        made = attach_arrow(updates.base_of(work), Case(task=work.task), method, work.sources)
+        made.save({}, work.out, (work.base_id, work.revision))
+        inputs, answers = updates.asked(work, work.out)
+        return Done({"experts": float(len(work.sources) - self.general)}, inputs, answers)
