@@ -30,6 +30,9 @@ FFN_OUTPUT = (
 ATTENTION_BLOCK = r"(?:.*\.)?(?:\d+\.(?:attention|self_attn|attn|self_attention)|block\.\d+\.layer\.0)"
 """The module that gets the mask and the cache of self-attention and returns the hidden states first."""
 
+QUERY_AND_VALUE = r".*\.(?:query|value|q_proj|v_proj|q_lin|v_lin|q|v|c_attn|query_key_value)"
+"""The linear layers that make queries and values; where one makes keys too, the whole of it."""
+
 LAYER = r"(?:.*\.)?(?:layers?|h|block|blocks)\.\d+"
 """A transformer layer. In T5 the three sub-layers of a block match too; see `layers_of`."""
 

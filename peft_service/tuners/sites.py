@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_service.sites import (
@@ -26,6 +27,7 @@ __all__ = [
     "index_of",
     "is_norm",
     "layers_of",
+    "modules",
     "names",
     "norm_after_attention",
     "norm_after_ffn",
@@ -35,9 +37,22 @@ __all__ = [
 ]
 
 
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The base's own modules by name: behind a layer of a tuner what it wraps, and nothing of its inside."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside or ("\0",)):
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{name}.",)
+                module = module.get_base_layer()
+            found[name] = module
+    return found
+
+
 def names(model: nn.Module) -> list[str]:
-    """Names of the modules, without what lies inside of a tuner's layers."""
-    return [name for name, _ in model.named_modules() if name and "base_layer" not in name.split(".")]
+    """Their names."""
+    return list(modules(model))
 
 
 def of(model: nn.Module) -> Sites:
@@ -86,6 +101,8 @@ def width_of(module: nn.Module) -> int:
     """
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, Conv1D):

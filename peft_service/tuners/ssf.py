@@ -42,9 +42,7 @@ class SSFModel(WrapperModel):
 
     def targets(self, config: Any) -> str:
         last = set()
-        for name in sites.names(self.model):
-            module: Any = self.model.get_submodule(name)
-            module = module.get_base_layer() if isinstance(module, Wrapper) else module
+        for name, module in sites.modules(self.model).items():
             adaptable = isinstance(module, nn.Linear | Conv1D) or sites.is_norm(module)
             if sites.index_of(name) is not None and adaptable:
                 last.add(name.rpartition(".")[2])

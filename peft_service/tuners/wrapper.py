@@ -239,6 +239,9 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         # PEFT's own copies `weight`, which containers lack, and moves parameters already there.
+        if isinstance(parent, Wrapper) and child_name != "base_layer":
+            # The wrapper lends its base's attributes; whoever uses them is the base.
+            parent = parent.get_base_layer()
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
