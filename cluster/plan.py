@@ -177,16 +177,18 @@ def operation_plan(spec: OperationSpec, shape: ModelShape, capacity: Capacity) -
         ),
         arithmetic=(
             f"{spec.operation.kind}, without training: one process on a CPU",
-            f"base: {_count(shape.parameters)} parameters in float32, {_size(weights)}; five times that at most, "
-            f"with the process that proves the result: {_size(host)}",
+            f"base: {_count(shape.parameters)} parameters in float32, {_size(weights)}; five times that at "
+            f"most, with the process that proves the result: {_size(host)}",
         ),
     )
     if not fits([plan.demand], capacity.nodes):
-        largest = max((node.memory_bytes for node in capacity.nodes), default=0)
+        there = max(capacity.nodes, key=lambda node: (node.memory_bytes, node.cpus), default=None)
+        has = "there is none" if there is None else _shape_in_words(there.cpus, 0, there.memory_bytes)
         raise DoesNotFit(
-            f"this operation needs {_size(host)} on one node, and the largest has {_size(largest)}",
+            f"this operation needs a node with {_shape_in_words(plan.cpus_per_worker, 0, host)}; the one with "
+            f"the most memory: {has}",
             param="operation",
-            details={"needed": plan.demand.model_dump(), "largest": {"memory_bytes_per_worker": largest}},
+            details={"needed": plan.demand.model_dump()},
         )
     return plan
 

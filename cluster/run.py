@@ -26,7 +26,17 @@ from peft_service import gate
 from peft_service.errors import InvalidRequest, PeftServiceError, RunFailed, StoreError
 from peft_service.metrics import MetricsWriter
 from peft_service.operate import OperationInput
-from peft_service.run import Attempt, Outcome, Prepared, RunInput, WorkResult, conclude, failed, prepare, write_outcome
+from peft_service.run import (
+    Attempt,
+    Outcome,
+    Prepared,
+    RunInput,
+    WorkResult,
+    conclude,
+    failed,
+    prepare,
+    write_outcome,
+)
 from peft_service.store import Store, open_store, patient
 
 log = logging.getLogger("cluster.run")

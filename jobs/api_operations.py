@@ -38,7 +38,7 @@ class CreateOperation(Frozen):
     adapters: tuple[str, ...] = Field(min_length=1, max_length=16)
     """Ids, `name@version`, or `name` for its newest version."""
     name: str | None = Field(None, pattern=NAME_PATTERN)
-    """Of the result in the catalog; its versions count up. Default: the first adapter's and the operation's."""
+    """Of the result in the catalog; its versions count up. Default: the first adapter's and the kind."""
     metadata: Metadata | None = None
     priority: int = Field(PRIORITY_NORMAL, ge=PRIORITY_LOWEST, le=PRIORITY_HIGHEST)
 
@@ -63,7 +63,7 @@ class OperationObject(BaseModel):
     title: str
     summary: str
     exact: bool
-    """Whether the result computes what the name says, whatever the adapters are; else its error is measured."""
+    """Whether the result computes what the name says, whatever the adapters; else its error is measured."""
     ways: list[Way]
     """Of an operation that has several, each by itself."""
     adapters: dict[str, int]
@@ -144,8 +144,8 @@ def _spec_of(caller: Caller, body: CreateOperation) -> tuple[OperationSpec, Any]
         raise InvalidRequest(error.message, code=error.code, param="adapters") from error
     if base.digest != rows[0].base_digest:
         raise InvalidRequest(
-            f"the base {base.id} is registered with the digest {str(base.digest)[:12]}, and {rows[0].reference} was "
-            f"trained on {str(rows[0].base_digest)[:12]}: they do not belong together",
+            f"the base {base.id} is registered with the digest {str(base.digest)[:12]}, "
+            f"and {rows[0].reference} was trained on {str(rows[0].base_digest)[:12]}: they do not belong together",
             code="base_changed",
             param="adapters",
         )
@@ -158,9 +158,7 @@ def _spec_of(caller: Caller, body: CreateOperation) -> tuple[OperationSpec, Any]
         ),
         method=operation.makes([described for described, _ in told]),
         sources=tuple(
-            Source(
-                reference=row.reference, id=row.id, key=row.location, digest=row.digest, method=row.method
-            )
+            Source(reference=row.reference, id=row.id, key=row.location, digest=row.digest, method=row.method)
             for row in rows
         ),
         operation=operation,
@@ -202,8 +200,8 @@ def _of_one_base(rows: Sequence[catalog.Adapter]) -> None:
         if (row.base_id, row.base_digest) != (first.base_id, first.base_digest):
             raise InvalidRequest(
                 f"{row.reference} is an adapter of {row.base_id} (digest {str(row.base_digest)[:12]}), and "
-                f"{first.reference} of {first.base_id} (digest {str(first.base_digest)[:12]}): only adapters of one "
-                "base have something in common",
+                f"{first.reference} of {first.base_id} (digest {str(first.base_digest)[:12]}): only "
+                "adapters of one base have something in common",
                 code="other_base",
                 param="adapters",
             )

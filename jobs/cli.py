@@ -570,7 +570,7 @@ def pull(
 @app.command()
 def operate(
     kind: Annotated[
-        str | None, typer.Argument(help="merge, unmerge, convert, combine, truncate. Without it: what there is.")
+        str | None, typer.Argument(help="merge, combine, convert, … Without it: what there is.")
     ] = None,
     adapters: Annotated[
         list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Names, name@version or ids.")

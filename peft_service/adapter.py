@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from peft_service.errors import GateFailed, ObjectNotFound
 from peft_service.methods import SERVERS, Carrier, Method
 from peft_service.spec import Base, FineTuneSpec, OperationSpec, spec_of
-from peft_service.tasks import AUTO_CLASSES, Task
 from peft_service.store import Store
+from peft_service.tasks import AUTO_CLASSES, Task
 from peft_service.variants import Frozen
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""One attempt of an operation on adapters: from their manifests in the store to a proven artifact beside them.
+"""One attempt of an operation on adapters: from manifests in the store to a proven artifact beside them.
 
-As `peft_service.run`, but all of it in one process on the CPU, and there is nothing to resume: an attempt that
-dies is followed by one that begins again.
+As `peft_service.run`, but all of it in one process on the CPU, and there is nothing to resume: an attempt
+that dies is followed by one that begins again.
 """
 
 import shutil
@@ -84,7 +84,9 @@ def _operated(run: OperationInput, store: Store, workdir: Path) -> Outcome:
         )
     )
     for path in sorted(sources[0].iterdir()):
-        mine = path.name in OF_THE_ARTIFACT or path.suffix == ".safetensors" or path.name.endswith(".index.json")
+        mine = (
+            path.name in OF_THE_ARTIFACT or path.suffix == ".safetensors" or path.name.endswith(".index.json")
+        )
         if path.is_file() and not mine:
             shutil.copy(path, out / path.name)
     artifact.write_task(out, spec.task, spec.labels)

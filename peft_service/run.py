@@ -16,8 +16,8 @@ from pydantic import Field
 
 from peft_service import adapter, artifact, base_model, checkpoint, gate, methods
 from peft_service.errors import GateFailed, InvalidRequest, PeftServiceError, RunFailed
-from peft_service.metrics import MetricsWriter
 from peft_service.methods import Case, Material
+from peft_service.metrics import MetricsWriter
 from peft_service.spec import Base, DataFile, FineTuneSpec, Spec, Training, case_of
 from peft_service.store import Store
 from peft_service.variants import Frozen

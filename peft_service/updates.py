@@ -44,7 +44,9 @@ def probe_of(model: Any, work: Work) -> dict[str, Tensor]:
         raise RunFailed("the base's vocabulary has no ordinary token", code="base_unusable")
 
     def ids(width: int, start: int) -> Tensor:
-        return ordinary[(torch.arange(PROBE_ROWS * width) * 7919 + start) % len(ordinary)].view(PROBE_ROWS, width)
+        return ordinary[(torch.arange(PROBE_ROWS * width) * 7919 + start) % len(ordinary)].view(
+            PROBE_ROWS, width
+        )
 
     input_ids = ids(PROBE_TOKENS, 13)
     if config.eos_token_id is not None:  # some encoder-decoders classify by the hidden state there

@@ -1,7 +1,7 @@
 """What is done to published adapters without training. One file an operation; nothing else knows its name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -135,8 +135,8 @@ def plain_lora(source: Described, what: str) -> None:
     for wrong, words in told:
         if wrong:
             raise InvalidRequest(
-                f"{source.reference} {words}: {what} takes plain LoRA. The operation convert makes one of it, "
-                "with a measured error",
+                f"{source.reference} {words}: {what} takes plain LoRA. The operation convert makes one of "
+                "it, with a measured error",
                 code="not_a_lora",
                 param="adapters",
             )

@@ -1,8 +1,8 @@
 """Combine: one LoRA from several, by weights, with peft's own merging functions.
 
-The sum Σ wᵢ ΔWᵢ is what the exact ways give: `cat` stacks A and B, `svd` decomposes the sum. The others change
-it on purpose (TIES, arXiv:2306.01708; DARE, arXiv:2311.03099), or by construction (`linear` adds A to A and B
-to B, so that products of different adapters come in). How far each is from the sum is measured.
+The sum Σ wᵢ ΔWᵢ is what the exact ways give: `cat` stacks A and B, `svd` decomposes the sum. The others
+change it on purpose (TIES, arXiv:2306.01708; DARE, arXiv:2311.03099), or by construction (`linear` adds A to
+A and B to B, so that products of different adapters come in). How far each is from the sum is measured.
 """
 
 from collections.abc import Sequence
@@ -49,16 +49,27 @@ class Combine(Operation):
     """Of DARE's draw."""
 
     title: ClassVar[str] = "Combine"
-    summary: ClassVar[str] = "One LoRA that is the weighted sum of several, or an approximation or pruning of it."
+    summary: ClassVar[str] = (
+        "One LoRA that is the weighted sum of several, or an approximation or pruning of it."
+    )
     exact: ClassVar[bool] = False
     ways: ClassVar[dict[str, tuple[bool, str]]] = {
         "cat": (True, "A and B stacked: exactly the weighted sum; the ranks add up"),
-        "svd": (True, "the sum decomposed: exact at the full rank (the default), the nearest of a smaller one"),
+        "svd": (
+            True,
+            "the sum decomposed: exact at the full rank (the default), the nearest of a smaller one",
+        ),
         "linear": (False, f"the weighted sum {_BY_FACTOR}; equal ranks"),
         "ties": (False, f"TIES {_BY_FACTOR}; equal ranks"),
-        "ties_svd": (False, "TIES as the paper has it: trim, elect a sign, average what agrees; then decomposed"),
+        "ties_svd": (
+            False,
+            "TIES as the paper has it: trim, elect a sign, average what agrees; then decomposed",
+        ),
         "dare_linear": (False, f"DARE {_BY_FACTOR}; equal ranks"),
-        "dare_linear_svd": (False, "DARE: values dropped at random and the rest scaled up, summed, decomposed"),
+        "dare_linear_svd": (
+            False,
+            "DARE: values dropped at random and the rest scaled up, summed, decomposed",
+        ),
         "dare_ties": (False, f"DARE, then TIES' election of signs, {_BY_FACTOR}; equal ranks"),
         "dare_ties_svd": (False, "DARE, then TIES' election of signs, decomposed"),
         "magnitude_prune": (False, f"only the largest values, summed {_BY_FACTOR}; equal ranks"),
@@ -71,8 +82,8 @@ class Combine(Operation):
             plain_lora(source, "combine")
             if saved := (source.config or {}).get("modules_to_save"):
                 raise InvalidRequest(
-                    f"{source.reference} has trained {', '.join(saved)} besides its LoRA, and there is no sum of "
-                    "heads: combine adapters of language models, or merge one",
+                    f"{source.reference} has trained {', '.join(saved)} besides its LoRA, and there is no "
+                    "sum of heads: combine adapters of language models, or merge one",
                     code="not_a_lora",
                     param="adapters",
                 )
@@ -91,7 +102,9 @@ class Combine(Operation):
                 param="operation.density",
             )
         decomposes = self.how.endswith("svd")
-        if len(sources) == 1 and (prunes or self.rank is not None):  # PEFT would add it linearly, whatever is asked
+        if len(sources) == 1 and (
+            prunes or self.rank is not None
+        ):  # PEFT would add it linearly, whatever is asked
             raise InvalidRequest(
                 f"with one adapter {self.how} prunes nothing and keeps its rank: give more, or use truncate",
                 code="invalid_value",
@@ -104,7 +117,11 @@ class Combine(Operation):
                 param="operation.rank",
             )
         ranks = {source.reference: source.ranks for source in sources}
-        if self.how != "cat" and not decomposes and len({rank for each in ranks.values() for rank in each}) > 1:
+        if (
+            self.how != "cat"
+            and not decomposes
+            and len({rank for each in ranks.values() for rank in each}) > 1
+        ):
             raise InvalidRequest(
                 f"{self.how} needs adapters of one rank, and these have "
                 + ", ".join(f"{name}: {'/'.join(map(str, each))}" for name, each in ranks.items())
@@ -114,8 +131,8 @@ class Combine(Operation):
             )
         if self._rank(sources) > MAX_RANK:
             raise InvalidRequest(
-                f"the ranks add up to {self._rank(sources)}, and servers take at most {MAX_RANK}: how svd with "
-                f"rank {MAX_RANK} or less",
+                f"the ranks add up to {self._rank(sources)}, and servers take at most {MAX_RANK}: how svd "
+                f"with rank {MAX_RANK} or less",
                 code="invalid_value",
                 param="operation.rank",
             )
@@ -148,8 +165,8 @@ class Combine(Operation):
                 wanted[layer] = wanted[layer] + update if layer in wanted else update
         rank = max(sum(max(len(each[0]) for each in part.values()) for part in parts), 1)
         rank = self.rank or rank
-        # Of the first adapter's config PEFT keeps what is not the others': a layer excluded there would be lost,
-        # and rsLoRA would scale a result whose scaling is in its values already.
+        # Of the first adapter's config PEFT keeps what is not the others': a layer excluded there would be
+        # lost, and rsLoRA would scale a result whose scaling is in its values already.
         for name in names:
             config = model.peft_config[name]
             config.target_modules, config.exclude_modules, config.use_rslora = set(wanted), None, False
@@ -179,7 +196,9 @@ class Combine(Operation):
             )
         del model
         base = updates.base_of(work)
-        updates.write_lora(base, {name: (a, b, scaling * len(a)) for name, (a, b, scaling) in made.items()}, work)
+        updates.write_lora(
+            base, {name: (a, b, scaling * len(a)) for name, (a, b, scaling) in made.items()}, work
+        )
         summed = updates.answers(updates.added(base, wanted), inputs)
         answers = updates.asked(work, work.out)[1]
         facts = {

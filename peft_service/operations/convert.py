@@ -26,19 +26,21 @@ class Convert(Operation):
     rank: int = Field(16, ge=1, le=MAX_RANK)
     """Of the LoRA. A change of full rank (OFT, (IA)³) needs a large one."""
     max_error: float = Field(0.05, ge=0, le=1)
-    """What may be lost: Frobenius norm of ΔW - B A over all layers, as a share of that of ΔW. Above it the job
-    fails, and says which rank would do."""
+    """What may be lost: Frobenius norm of ΔW - B A over all layers, as a share of that of ΔW. Above it the
+    job fails, and says which rank would do."""
 
     title: ClassVar[str] = "Convert to LoRA"
-    summary: ClassVar[str] = "The nearest LoRA of this rank, for servers that read nothing else; its error is measured."
+    summary: ClassVar[str] = (
+        "The nearest LoRA of this rank, for servers that read nothing else; its error is measured."
+    )
     exact: ClassVar[bool] = False
 
     def check(self, sources: Sequence[Described]) -> None:
         mergeable(sources[0])
         if sources[0].config is None:
             raise InvalidRequest(
-                f"{sources[0].reference} ({sources[0].method}) is no PEFT adapter, and only those are converted: "
-                "merge makes a model of it",
+                f"{sources[0].reference} ({sources[0].method}) is no PEFT adapter, and only those are "
+                "converted: merge makes a model of it",
                 code="not_convertible",
                 param="adapters",
             )
@@ -64,8 +66,8 @@ class Convert(Operation):
         if error > self.max_error:
             enough = _rank_for(spectra, self.max_error)
             raise RunFailed(
-                f"a LoRA of rank {self.rank} loses {error:.4g} of what this adapter changes, more than max_error "
-                f"{self.max_error:g}"
+                f"a LoRA of rank {self.rank} loses {error:.4g} of what this adapter changes, more than "
+                f"max_error {self.max_error:g}"
                 + (f"; rank {enough} is enough" if enough <= MAX_RANK else f"; it would need rank {enough}"),
                 code="conversion_error_too_large",
                 param="operation.max_error",
@@ -73,7 +75,11 @@ class Convert(Operation):
         del model
         updates.write_lora(updates.base_of(work), factors, work, heads=source)
         answers = updates.asked(work, work.out)[1]
-        facts = {"update_error": error, "worst_layer_error": worst, "logits_error": updates.apart(answers, expected)}
+        facts = {
+            "update_error": error,
+            "worst_layer_error": worst,
+            "logits_error": updates.apart(answers, expected),
+        }
         return Done(facts, inputs, answers)
 
 

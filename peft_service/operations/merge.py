@@ -21,7 +21,9 @@ class Merge(Operation):
     """What the merged weights are stored in. They are added in float32 in any case; bf16 then rounds them."""
 
     title: ClassVar[str] = "Merge"
-    summary: ClassVar[str] = "The adapter written into the base's weights: a whole model, no slower than the base."
+    summary: ClassVar[str] = (
+        "The adapter written into the base's weights: a whole model, no slower than the base."
+    )
     exact: ClassVar[bool] = True
     ways: ClassVar[dict[str, tuple[bool, str]]] = {
         "fp32": (True, "the sum in float32, from the unquantised base"),
@@ -47,8 +49,8 @@ class Merge(Operation):
         facts = {"merge_error": updates.apart(answers, expected)}
         if not facts["merge_error"] <= TOLERANCE:
             raise RunFailed(
-                f"the merged model's logits differ from the adapter's by {facts['merge_error']:.2e} of the largest, "
-                f"more than {TOLERANCE:.0e}: nothing is published",
+                f"the merged model's logits differ from the adapter's by {facts['merge_error']:.2e} of the "
+                f"largest, more than {TOLERANCE:.0e}: nothing is published",
                 code="merge_not_exact",
             )
         if self.dtype == "bf16":

@@ -26,7 +26,10 @@ class Truncate(Operation):
     summary: ClassVar[str] = "A LoRA of a smaller rank from a larger one."
     exact: ClassVar[bool] = False
     ways: ClassVar[dict[str, tuple[bool, str]]] = {
-        "first": (False, "A[:b] and B[:, :b], scaled by alpha / b; of a DyLoRA exactly what it trained at rank b"),
+        "first": (
+            False,
+            "A[:b] and B[:, :b], scaled by alpha / b; of a DyLoRA exactly what it trained at rank b",
+        ),
         "svd": (False, "the nearest B A of rank b in every layer; exact where b is the rank it has"),
     }
 
@@ -66,5 +69,9 @@ class Truncate(Operation):
         del model
         updates.write_lora(updates.base_of(work), made, work, heads=source)
         answers = updates.asked(work, work.out)[1]
-        facts = {"update_error": error, "worst_layer_error": worst, "logits_error": updates.apart(answers, expected)}
+        facts = {
+            "update_error": error,
+            "worst_layer_error": worst,
+            "logits_error": updates.apart(answers, expected),
+        }
         return Done(facts, inputs, answers)

@@ -23,8 +23,8 @@ class Unmerge(Operation):
 
     title: ClassVar[str] = "Unmerge"
     summary: ClassVar[str] = (
-        "The adapter that a merged model was made with, the same bytes again; its base is the registered one, "
-        "and both together answer what the merged model does."
+        "The adapter that a merged model was made with, the same bytes again; its base is the registered "
+        "one, and both together answer what the merged model does."
     )
     exact: ClassVar[bool] = True
 
@@ -32,8 +32,8 @@ class Unmerge(Operation):
         operation = sources[0].record["spec"].get("operation") or {}
         if operation.get("kind") != "merge":
             raise InvalidRequest(
-                f"{sources[0].reference} was not made by merging (it is a {sources[0].method}): only a merged "
-                "model has an adapter to go back to",
+                f"{sources[0].reference} was not made by merging (it is a {sources[0].method}): only a "
+                "merged model has an adapter to go back to",
                 code="not_a_merge",
                 param="adapters",
             )
@@ -59,8 +59,8 @@ class Unmerge(Operation):
         facts = {"unmerge_error": updates.apart(updates.answers(model, inputs), answers)}
         if not _stored_in_bf16(whole) and not facts["unmerge_error"] <= TOLERANCE:
             raise RunFailed(
-                f"base and adapter together differ from the merged model by {facts['unmerge_error']:.2e} of the "
-                f"largest logit, more than {TOLERANCE:.0e}: it is not what they were merged into",
+                f"base and adapter together differ from the merged model by {facts['unmerge_error']:.2e} of "
+                f"the largest logit, more than {TOLERANCE:.0e}: it is not what they were merged into",
                 code="unmerge_not_exact",
             )
         shutil.copytree(adapter, work.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*MADE_ANEW))

@@ -40,7 +40,9 @@ def adapters(service: Service, http: httpx.Client) -> dict[str, catalog.Adapter]
     file = http.post("/files", files={"file": ("t", CHAT)}, data={"purpose": "fine-tune"}).json()["id"]
 
     def publish(name: str, model: str = BASE, **parts: Any) -> catalog.Adapter:
-        job = http.post("/fine_tuning/jobs", json={"model": model, "training_file": file, "name": name}).json()
+        job = http.post(
+            "/fine_tuning/jobs", json={"model": model, "training_file": file, "name": name}
+        ).json()
         extra = {path: json.dumps(value).encode() for path, value in parts.items()}
         return service.succeed(service.run(job["id"]), {k.replace("__", "."): v for k, v in extra.items()})
 
@@ -65,7 +67,11 @@ def test_the_list_says_of_each_whether_it_is_exact(http: httpx.Client) -> None:
     ways = {way["name"]: way["exact"] for way in listed["combine"]["ways"]}
     assert (ways["cat"], ways["svd"], ways["linear"], ways["ties_svd"]) == (True, True, False, False)
     assert set(ways) == set(listed["combine"]["schema"]["properties"]["how"]["enum"])
-    assert (listed["merge"]["exact"], listed["unmerge"]["exact"], listed["convert"]["exact"]) == (True, True, False)
+    assert (listed["merge"]["exact"], listed["unmerge"]["exact"], listed["convert"]["exact"]) == (
+        True,
+        True,
+        False,
+    )
     assert listed["convert"]["schema"]["properties"]["max_error"]["default"] == 0.05
     assert all(each["summary"] and each["title"] for each in listed.values())
 
@@ -77,10 +83,11 @@ def test_an_operation_is_a_job_with_its_sources(
     assert answer.status_code == 200, answer.text
     job = answer.json()
     assert (job["object"], job["status"], job["name"]) == ("fine_tuning.job", "queued", "both")
-    assert job["operation"]["how"] == "cat" and job["operation"]["weights"] == [0.5, 2]
+    assert job["operation"]["how"] == "cat"
+    assert job["operation"]["weights"] == [0.5, 2]
     assert [source["reference"] for source in job["sources"]] == ["one@1", "two@1"]
     assert [source["digest"] for source in job["sources"]] == [adapters[n].digest for n in ("one", "two")]
-    assert job["adapter"]["kind"] == "lora" and job["adapter"]["rank"] == 12, "4 and 8 stacked"
+    assert (job["adapter"]["kind"], job["adapter"]["rank"]) == ("lora", 12), "4 and 8 stacked"
     assert (job["model"], job["training_file"], job["training"]) == (BASE, "", {})
     assert (job["plan"]["workers"], job["plan"]["gpus_per_worker"]) == (1, 0)
     assert http.get(f"/fine_tuning/jobs/{job['id']}").json()["operation"] == job["operation"]
@@ -88,7 +95,8 @@ def test_an_operation_is_a_job_with_its_sources(
     events = [each["message"] for each in http.get(f"/fine_tuning/jobs/{job['id']}/events").json()["data"]]
     assert events == [f"Created job: {job['id']}, combine of one@1, two@1"]
     spec = spec_of(queue.get(service.engine, "a", job["id"]).spec)
-    assert isinstance(spec, OperationSpec) and isinstance(spec.method, LoRA)
+    assert isinstance(spec, OperationSpec)
+    assert isinstance(spec.method, LoRA)
     base = http.get(f"/base_models/{BASE}").json()
     assert (spec.base.uri, spec.base.digest) == (base["uri"], base["digest"])
 
@@ -97,15 +105,18 @@ def test_an_operation_is_a_job_with_its_sources(
     assert (shown["name"], shown["version"], shown["method"]) == ("both", 1, "lora")
     lineage = catalog.lineage(made)
     assert [source["id"] for source in lineage["sources"]] == [adapters[n].id for n in ("one", "two")]
-    assert lineage["operation"]["kind"] == "combine" and lineage["data"] == {}
+    assert lineage["operation"]["kind"] == "combine"
+    assert lineage["data"] == {}
 
 
 def test_the_same_key_is_the_same_job(http: httpx.Client, adapters: dict[str, catalog.Adapter]) -> None:
     body = {"operation": {"kind": "merge"}, "adapters": ["one"]}
     first, again = (
-        http.post("/adapters/operations", json=body, headers={"idempotency-key": "k1"}).json() for _ in range(2)
+        http.post("/adapters/operations", json=body, headers={"idempotency-key": "k1"}).json()
+        for _ in range(2)
     )
-    assert first["id"] == again["id"] and first["name"] == "one-merge"
+    assert first["id"] == again["id"]
+    assert first["name"] == "one-merge"
     assert http.post(f"/fine_tuning/jobs/{first['id']}/cancel").json()["status"] == "cancelled"
 
 
@@ -124,14 +135,14 @@ def test_unmerging_finds_the_adapter_by_the_lineage(
 @pytest.mark.parametrize(
     ("operation", "names", "code", "param", "words"),
     [
-        ({"kind": "combine"}, ["one", "elsewhere"], "other_base", "adapters", "elsewhere@1 is an adapter of tiny/o"),
-        ({"kind": "combine"}, ["one", "labels"], "other_task", "adapters", "sequence classification with the labels x"),
+        ({"kind": "combine"}, ["one", "elsewhere"], "other_base", "adapters", "an adapter of tiny/other"),
+        ({"kind": "combine"}, ["one", "labels"], "other_task", "adapters", "with the labels x"),
         ({"kind": "combine"}, ["one", "nobody"], "adapter_not_found", r"adapters[1]", "nobody"),
         ({"kind": "combine", "how": "linear"}, ["one", "two"], "invalid_value", "operation.how", "one rank"),
-        ({"kind": "combine", "weights": [1.0]}, ["one", "two"], "invalid_value", "operation.weights", "1 weights"),
+        ({"kind": "combine", "weights": [1]}, ["one", "two"], "invalid_value", "operation.weights", "1 we"),
         ({"kind": "combine"}, ["delta", "one"], "not_a_lora", "adapters", "delta@1 is no LoRA"),
         ({"kind": "convert"}, ["delta"], "not_convertible", "adapters", "no PEFT adapter"),
-        ({"kind": "convert", "max_error": 2}, ["one"], "invalid_value", "operation.max_error", "less than or equal"),
+        ({"kind": "convert", "max_error": 2}, ["one"], "invalid_value", "operation.max_error", "less than"),
         ({"kind": "truncate", "rank": 5}, ["one"], "invalid_value", "operation.rank", "no rank 5"),
         ({"kind": "merge", "dtpye": "x"}, ["one"], "unknown_parameter", "operation.dtpye", "'dtype'"),
         ({"kind": "merge"}, ["one", "two"], "invalid_value", "adapters", "takes 1 adapter, and 2"),
@@ -161,7 +172,10 @@ def test_another_projects_adapters_are_not_there(
 ) -> None:
     theirs = {"authorization": f"Bearer {service.keys['b']}"}
     body = {"operation": {"kind": "merge"}, "adapters": [adapters["one"].id]}
-    assert http.post("/adapters/operations", json=body, headers=theirs).json()["error"]["code"] == "adapter_not_found"
+    assert (
+        http.post("/adapters/operations", json=body, headers=theirs).json()["error"]["code"]
+        == "adapter_not_found"
+    )
 
 
 def test_an_adapter_of_a_method_that_cannot_be_merged_says_why(
@@ -171,7 +185,22 @@ def test_an_adapter_of_a_method_that_cannot_be_merged_says_why(
     service.succeed(service.run(job["id"]))
     for kind in ("merge", "convert"):
         error = asked(http, {"kind": kind}, "big").json()["error"]
-        assert error["code"] == "not_mergeable" and "whole model already" in error["message"]
+        assert error["code"] == "not_mergeable"
+        assert "whole model already" in error["message"]
+
+
+def test_what_no_node_can_hold_is_refused_with_the_numbers(
+    service: Service, http: httpx.Client, adapters: dict[str, catalog.Adapter]
+) -> None:
+    service.see_cluster(nodes=3, cpus=0.5)
+    try:
+        error = asked(http, {"kind": "merge"}, "one").json()["error"]
+    finally:
+        service.see_cluster(nodes=1)
+    assert error["code"] == "does_not_fit"
+    assert "1 CPU, 2.6 GB memory" in error["message"]
+    assert "0.5 CPUs" in error["message"]
+    assert error["needed"]["memory_bytes"] > 2_600_000_000
 
 
 def test_a_deleted_adapter_is_not_operated_on(http: httpx.Client, service: Service) -> None:
@@ -192,12 +221,26 @@ def test_the_command_line_starts_one(
     monkeypatch.setenv("PEFT_SERVICE_URL", service.url.removesuffix("/v1"))
     monkeypatch.setenv("PEFT_SERVICE_API_KEY", service.keys["a"])
     run = CliRunner().invoke(
-        app, ["operate", "combine", "one", "two", "--set", "how=svd", "--set", "rank=6", "--name", "cli", "--json"]
+        app,
+        [
+            "operate",
+            "combine",
+            "one",
+            "two",
+            "--set",
+            "how=svd",
+            "--set",
+            "rank=6",
+            "--name",
+            "cli",
+            "--json",
+        ],
     )
     assert run.exit_code == 0, run.output
     job = json.loads(run.stdout)
     assert (job["name"], job["status"], job["adapter"]["rank"]) == ("cli", "queued", 6)
     listed = CliRunner().invoke(app, ["operate"])
-    assert "combine cat" in listed.stdout and "truncate" in listed.stdout
+    assert "combine cat" in listed.stdout
+    assert "truncate" in listed.stdout
     nothing = CliRunner().invoke(app, ["operate", "merge"])
     assert nothing.exit_code == 2

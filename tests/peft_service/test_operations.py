@@ -1,5 +1,6 @@
 """Operations on adapters against explicit sums in float64, and one through its whole attempt."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from peft_service import adapter, artifact, base_model, updates
 from peft_service.errors import InvalidRequest, RunFailed
 from peft_service.methods import Case
+from peft_service.methods.lora import LoRA
 from peft_service.operate import OperationInput, operate
 from peft_service.operations import Described, Work
 from peft_service.operations.combine import Combine
@@ -42,7 +44,7 @@ def made(base, directory, config, seed=0):
     torch.manual_seed(seed)
     model = get_peft_model(plain(base), config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for _name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.save_pretrained(directory)
@@ -123,7 +125,9 @@ def configs():
         "vera": peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         "loha": peft.LoHaConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"),
         "lokr": peft.LoKrConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"),
-        "ia3": peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+        "ia3": peft.IA3Config(
+            target_modules=targets, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        ),
         "oft": peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     }
 
@@ -146,14 +150,19 @@ def test_a_merged_model_is_base_and_adapter_and_needs_no_peft(base, tmp_path, ki
 def test_a_merge_in_bf16_says_what_rounding_costs(base, tmp_path):
     source = lora(base, tmp_path / "a")
     done = Merge(dtype="bf16").run(work(base, tmp_path / "out", source))
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert done.facts["merge_error"] <= 1e-5 < done.facts["rounding_error"] < 0.1
 
 
 def test_an_adapter_of_a_4_bit_base_is_merged_into_the_weights_it_was_made_from(base, tmp_path):
     source = lora(base, tmp_path / "a")
     done = Merge().run(work(base, tmp_path / "out", source, quantize="nf4"))
-    merged, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
+    merged, original = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(base / "model.safetensors"),
+    )
     for name, change in deltas(base, source).items():
         expected = original[f"{name}.weight"].double() + change
         torch.testing.assert_close(merged[f"{name}.weight"].double(), expected, rtol=0, atol=1e-6)
@@ -169,7 +178,9 @@ def test_a_delta_is_merged_by_being_applied(base, tmp_path):
     weight = load_file(base / "model.safetensors")["model.layers.1.mlp.up_proj.weight"] * 1.5
     delta.save(delta.Delta({"model.layers.1.mlp.up_proj.weight": weight}), tmp_path / "a")
     Merge().run(work(base, tmp_path / "out", tmp_path / "a"))
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"], weight)
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"], weight
+    )
 
 
 def test_what_is_no_change_of_weights_is_not_merged(base, tmp_path):
@@ -225,8 +236,11 @@ def test_the_exact_ways_are_the_weighted_sum(base, pair, tmp_path, how, weights)
     expected = weighted(base, pair, weights)
     assert apart(deltas(base, tmp_path), expected) <= 1e-6
     model = updates.added(plain(base), expected)
-    assert float((on_base(base, tmp_path) - logits(model)).abs().max()) <= 1e-5 * float(logits(model).abs().max())
-    assert done.facts["update_error"] <= 1e-6 and done.facts["logits_error"] <= 1e-5
+    assert float((on_base(base, tmp_path) - logits(model)).abs().max()) <= 1e-5 * float(
+        logits(model).abs().max()
+    )
+    assert done.facts["update_error"] <= 1e-6
+    assert done.facts["logits_error"] <= 1e-5
 
 
 def test_a_smaller_svd_is_the_nearest_of_its_rank(base, pair, tmp_path):
@@ -236,20 +250,26 @@ def test_a_smaller_svd_is_the_nearest_of_its_rank(base, pair, tmp_path):
         left_out = torch.linalg.svdvals(change)[3:].norm()
         torch.testing.assert_close((change - found[name]).norm(), left_out, rtol=1e-4, atol=1e-6)
     measured = apart(found, expected)
-    assert done.facts["update_error"] == pytest.approx(measured, rel=1e-3) and measured > 0.1
+    assert done.facts["update_error"] == pytest.approx(measured, rel=1e-3)
+    assert measured > 0.1
 
 
-def test_an_svd_of_a_larger_rank_than_some_layer_has_loads(base, pair, tmp_path):
+def test_an_svd_of_a_larger_rank_than_some_layer_has_is_still_of_one_rank_for_servers(base, pair, tmp_path):
     Combine(how="svd", weights=(1.0, 1.0), rank=24).run(work(base, tmp_path, *pair))  # v_proj has 16
     assert apart(deltas(base, tmp_path), weighted(base, pair, (1.0, 1.0))) <= 1e-6
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"]) == (24, {})
+    assert adapter.compatibility_of(config, LoRA())["vllm"]["ok"]
     on_base(base, tmp_path)
 
 
 def test_linear_is_not_the_sum_and_says_by_how_much(base, pair, tmp_path):
     done = Combine(how="linear", weights=(0.5, 0.5)).run(work(base, tmp_path, *pair))
     measured = apart(deltas(base, tmp_path), weighted(base, pair, (0.5, 0.5)))
-    assert done.facts["update_error"] == pytest.approx(measured, rel=1e-3) and measured > 0.1
-    assert not Combine.ways["linear"][0] and Combine.ways["cat"][0]
+    assert done.facts["update_error"] == pytest.approx(measured, rel=1e-3)
+    assert measured > 0.1
+    assert not Combine.ways["linear"][0]
+    assert Combine.ways["cat"][0]
 
 
 @pytest.mark.parametrize("how", ["cat", "svd", "linear"])
@@ -267,7 +287,9 @@ def test_ties_is_the_papers_trim_elect_and_disjoint_mean(base, pair, tmp_path):
         trimmed = []
         for part in parts:
             if name in part:
-                least = part[name].abs().flatten().sort(descending=True).values[int(0.3 * part[name].numel()) - 1]
+                least = (
+                    part[name].abs().flatten().sort(descending=True).values[int(0.3 * part[name].numel()) - 1]
+                )
                 trimmed.append(torch.where(part[name].abs() >= least, part[name], 0))
         stacked = torch.stack(trimmed)
         elected = torch.where(stacked.sum(0) >= 0, 1, -1)
@@ -284,7 +306,8 @@ def test_dare_is_the_same_for_the_same_seed_and_keeps_the_generator(base, pair, 
         return digest(tmp_path / place), torch.rand(1).item()
 
     first = run(0, "x")
-    assert run(0, "y") == first and run(1, "z")[0] != first[0]
+    assert run(0, "y") == first
+    assert run(1, "z")[0] != first[0]
 
 
 @pytest.mark.parametrize("how", sorted(set(Combine.ways) - {"cat", "svd", "linear"}))
@@ -338,8 +361,11 @@ def test_converting_at_full_rank_is_the_adapter(base, tmp_path, kind):
     source = made(base, tmp_path / "a", configs()[kind])
     done = Convert(rank=64, max_error=1e-4).run(work(base, tmp_path / "out", source))
     expected = on_base(base, source)
-    assert float((on_base(base, tmp_path / "out") - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
-    assert done.facts["update_error"] <= 1e-6 and done.facts["worst_layer_error"] <= 1e-6
+    assert float((on_base(base, tmp_path / "out") - expected).abs().max()) <= 1e-4 * float(
+        expected.abs().max()
+    )
+    assert done.facts["update_error"] <= 1e-6
+    assert done.facts["worst_layer_error"] <= 1e-6
 
 
 def test_a_conversion_above_the_limit_fails_and_names_the_rank_that_would_do(base, tmp_path):
@@ -358,7 +384,9 @@ def test_a_conversion_above_the_limit_fails_and_names_the_rank_that_would_do(bas
 def test_what_no_lora_can_be_is_refused(base, tmp_path):
     from peft import LNTuningConfig, PromptTuningConfig
 
-    norm = made(base, tmp_path / "ln", LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"))
+    norm = made(
+        base, tmp_path / "ln", LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM")
+    )
     prompt = made(base, tmp_path / "p", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     for source, words in [(norm, "no linear layer"), (prompt, "changes no layer")]:
         with pytest.raises(RunFailed, match=words) as caught:
@@ -390,6 +418,61 @@ def test_truncating_by_svd_is_the_nearest_and_the_whole_rank_is_itself(base, tmp
         Truncate(rank=5).check([described(source)])
 
 
+def test_a_dylora_cut_to_b_is_the_one_that_it_would_have_served(base, tmp_path):
+    from peft_service.methods import Material
+    from peft_service.methods.dylora import DyLoRA
+
+    def saved(place, **more):
+        """The artifact of the same values, with another serve_rank."""
+        attached = DyLoRA(rank=4, alpha=8, **more).attach(
+            base_model.load(base, precision="fp32"), Case(), Material()
+        )
+        torch.manual_seed(0)
+        values = {
+            n: torch.randn(p.shape) * 0.1 for n, p in attached.model.named_parameters() if p.requires_grad
+        }
+        place.mkdir()
+        attached.save(values, place, ("tiny/llama", None))
+        return place
+
+    Truncate(rank=2, how="first").run(work(base, tmp_path / "out", saved(tmp_path / "whole")))
+    expected = deltas(base, saved(tmp_path / "served", serve_rank=2))
+    found = deltas(base, tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert apart(found, expected) <= 1e-6
+
+
+def test_a_head_goes_with_what_is_merged_converted_or_truncated(base, tmp_path):
+    from peft import LoraConfig
+
+    labels = ("x", "y", "z")
+    model = base_model.load(base, precision="fp32", task="sequence_classification", labels=labels, seed=1)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(3)
+    for _name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    source = tmp_path / "a"
+    adapted.save_pretrained(source)
+    artifact.write_task(source, "sequence_classification", labels)
+    with torch.no_grad():
+        expected = adapted.eval()(TOKENS).logits
+    for operation in (Merge(), Convert(rank=4), Truncate(rank=4), Truncate(rank=4, how="first")):
+        out = tmp_path / f"{operation.kind}-{getattr(operation, 'how', '')}"
+        place = work(base, out, source)
+        place = dataclasses.replace(place, task="sequence_classification", labels=labels)
+        operation.run(place)
+        if operation.kind == "merge":
+            made = artifact.load_base(out, place.task, labels, dtype=torch.float32)
+            assert made.config.id2label == {0: "x", 1: "y", 2: "z"}
+        else:
+            made = artifact.load(updates.base_of(place), out)
+        made.config.pad_token_id = adapted.config.pad_token_id
+        with torch.no_grad():
+            torch.testing.assert_close(made.eval()(TOKENS).logits, expected, rtol=0, atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------- switching
 
 
@@ -399,21 +482,26 @@ def test_switching_is_bit_identical_and_never_touches_the_base(base, pair):
 
     def frozen():
         state = {n: p for n, p in model.named_parameters() if "lora_" not in n}
-        return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for _, p in sorted(state.items()))).digest()
+        return hashlib.sha256(
+            b"".join(p.detach().numpy().tobytes() for _, p in sorted(state.items()))
+        ).digest()
 
     before, first = frozen(), logits(model)
     model.set_adapter("b")
     other = logits(model)
     model.set_adapter("a")
-    assert torch.equal(logits(model), first) and not torch.equal(first, other)
+    assert torch.equal(logits(model), first)
+    assert not torch.equal(first, other)
     for _ in range(500):
         model.set_adapter("b")
         model.set_adapter("a")
-    assert frozen() == before and torch.equal(logits(model), first)
-    assert torch.equal(first, on_base(base, pair[0])) and torch.equal(other, on_base(base, pair[1]))
+    assert frozen() == before
+    assert torch.equal(logits(model), first)
+    assert torch.equal(first, on_base(base, pair[0]))
+    assert torch.equal(other, on_base(base, pair[1]))
 
 
-# --------------------------------------------------------------------------------------- the attempt as a whole
+# ------------------------------------------------------------------------------------- the attempt as a whole
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +542,6 @@ def attempt(base, operation, method, *sources, name="result"):
 
 def test_a_merge_and_its_unmerge_from_the_store_to_the_store(base, published, tmp_path):
     from peft_service.methods.full import Full
-    from peft_service.methods.lora import LoRA
 
     store, source = published
     run = attempt(base, Merge(), Full(), source, name="whole")
@@ -462,7 +549,12 @@ def test_a_merge_and_its_unmerge_from_the_store_to_the_store(base, published, tm
     assert (outcome.state, outcome.error) == ("succeeded", None)
     whole = _publish(store, run, outcome, "whole", 2)
     manifest = json.loads(store.get(f"{whole.key}/manifest.json"))
-    assert [check["name"] for check in manifest["gate"]] == ["finite", "nonzero", "shapes_and_count", "logits_equal"]
+    assert [check["name"] for check in manifest["gate"]] == [
+        "finite",
+        "nonzero",
+        "shapes_and_count",
+        "logits_equal",
+    ]
     assert manifest["record"]["spec"]["sources"][0]["digest"] == source.digest
     assert manifest["record"]["spec"]["operation"] == {"kind": "merge", "dtype": "fp32"}
     assert manifest["record"]["metrics"]["merge_error"] <= 1e-5
@@ -471,7 +563,8 @@ def test_a_merge_and_its_unmerge_from_the_store_to_the_store(base, published, tm
     assert {"model.safetensors", "config.json", "tokenizer.json", "task.json", "chat_template.jinja"} <= paths
     assert "adapter_config.json" not in paths
     card = store.get(f"{whole.key}/README.md").decode()
-    assert source.id in card and "merge_error" in card
+    assert source.id in card
+    assert "merge_error" in card
 
     back = attempt(base, Unmerge(), LoRA(rank=4), whole, source, name="back")
     outcome = operate(back, store, tmp_path / "unmerge")
@@ -480,7 +573,6 @@ def test_a_merge_and_its_unmerge_from_the_store_to_the_store(base, published, tm
 
 
 def test_a_conversion_above_its_limit_publishes_nothing(base, published, tmp_path):
-    from peft_service.methods.lora import LoRA
 
     store, source = published
     run = attempt(base, Convert(rank=1, max_error=0.01), LoRA(rank=1), source, name="lossy")
