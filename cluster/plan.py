@@ -185,8 +185,8 @@ def operation_plan(spec: OperationSpec, shape: ModelShape, capacity: Capacity) -
         there = max(capacity.nodes, key=lambda node: (node.memory_bytes, node.cpus), default=None)
         has = "there is none" if there is None else _shape_in_words(there.cpus, 0, there.memory_bytes)
         raise DoesNotFit(
-            f"this operation needs a node with {_shape_in_words(plan.cpus_per_worker, 0, host)}; the one with "
-            f"the most memory: {has}",
+            f"this operation needs a node with {_shape_in_words(plan.cpus_per_worker, 0, host)}; the one "
+            f"with the most memory: {has}",
             param="operation",
             details={"needed": plan.demand.model_dump()},
         )

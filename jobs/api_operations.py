@@ -145,7 +145,8 @@ def _spec_of(caller: Caller, body: CreateOperation) -> tuple[OperationSpec, Any]
     if base.digest != rows[0].base_digest:
         raise InvalidRequest(
             f"the base {base.id} is registered with the digest {str(base.digest)[:12]}, "
-            f"and {rows[0].reference} was trained on {str(rows[0].base_digest)[:12]}: they do not belong together",
+            f"and {rows[0].reference} was trained on {str(rows[0].base_digest)[:12]}: "
+            "they do not belong together",
             code="base_changed",
             param="adapters",
         )
