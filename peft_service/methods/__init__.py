@@ -233,7 +233,8 @@ def names() -> dict[str, tuple[str, Mapping[str, Any]]]:
         kind = str(variant.model_fields["kind"].default)
         method: Any = variant
         for name, preset in {kind: {}, **method.aliases}.items():
-            if spelled(name) in found:
+            # One method may be spelled the same twice: `long_lora` is `longlora`.
+            if found.get(spelled(name), (kind, preset)) != (kind, preset):
                 raise TypeError(f"two methods are called {name}")
             found[spelled(name)] = (kind, preset)
     return found
