@@ -29,8 +29,8 @@ from jobs.db import jobs as jobs_table
 from jobs.queue import CheckpointRow, EventRow, JobRow, NewJob
 from jobs.request import CreateJob, Known, Resolved, Wanted
 from peft_service import catalog
-from peft_service.spec import Base, Source
 from peft_service.errors import Conflict, InvalidRequest, NotFound, ObjectNotFound, PeftServiceError
+from peft_service.spec import Base, Source
 
 router = APIRouter()
 
@@ -293,8 +293,8 @@ def _sources(
             raise InvalidRequest(f"the adapter {reference} has been deleted", param=param)
         if (row.base_id, row.base_digest) != (base.id, base.digest):
             raise InvalidRequest(
-                f"{reference} is an adapter of {row.base_id} (digest {str(row.base_digest)[:12]}), but the job's "
-                f"base is {base.id} (digest {str(base.digest)[:12]})",
+                f"{reference} is an adapter of {row.base_id} (digest {str(row.base_digest)[:12]}), but the "
+                f"job's base is {base.id} (digest {str(base.digest)[:12]})",
                 code="other_base",
                 param=param,
             )
