@@ -105,6 +105,10 @@ def load(base: Any, directory: Path) -> Any:
             from peft_service.tuners import longlora
 
             longlora.interpolate(base, **told["rope"])
+        if told.get("vote"):
+            from peft_service.tuners import prompt_ensemble
+
+            return prompt_ensemble.load(base, [directory / part for part in told["parts"]], told["vote"])
         for part in told["parts"]:
             model = load(model, directory / part)
         return model.eval()
@@ -113,6 +117,10 @@ def load(base: Any, directory: Path) -> Any:
 
         import peft_service.tuners  # noqa: F401 - registers our types
 
+        if json.loads((directory / "adapter_config.json").read_text())["peft_type"] == "XLORA":
+            from peft_service.tuners.xlora import load_router
+
+            return load_router(base, directory).eval()
         return peft.PeftModel.from_pretrained(base, str(directory)).eval()
     if (directory / "delta_config.json").exists():
         from peft_service import delta

@@ -1,4 +1,4 @@
-"""(IA)³: learned scales of keys, values and the inside of the feed-forward network.  Liu et al. 2022, arXiv:2205.05638."""
+"""(IA)³: learned scales of keys, values and feed-forward activations.  Liu et al. 2022, arXiv:2205.05638."""
 
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -35,7 +35,7 @@ class IA3(Method):
     formula: ClassVar[str] = "K ← l_k ⊙ K, V ← l_v ⊙ V, FFN: W₂(l_ff ⊙ a); k + k + d_ff values a layer"
     use_when: ClassVar[str] = "A few examples, many tasks: some kilobytes each, and it merges."
     limits: ClassVar[str] = "Little capacity; not served by vLLM unless merged."
-    aliases: ClassVar[dict[str, dict[str, Any]]] = {"(ia)3": {}, "infused_adapter": {}}
+    aliases: ClassVar[dict[str, dict[str, Any]]] = {"infused_adapter": {}}
     can: ClassVar[Capabilities] = Capabilities(servers=("peft",))
 
     def attach(self, model: Any, case: Case, material: Material) -> "Attached":

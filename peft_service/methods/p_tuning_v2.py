@@ -1,4 +1,4 @@
-"""P-tuning v2: a prefix in every layer and a head, for classes, tags and answers.  Liu et al. 2021, arXiv:2110.07602.
+"""P-tuning v2: a prefix in every layer and a head, for classes and tags.  Liu et al. 2021, arXiv:2110.07602.
 
 A prefix without an MLP, as in the paper, on encoders too. The authors' code has dropout on the prefix, the
 paper has not, and nor has this.

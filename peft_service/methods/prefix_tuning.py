@@ -31,8 +31,7 @@ class PrefixTuning(Method):
     encoder_hidden: int = Field(512, ge=1, le=65536)
     """Of that MLP."""
     zero_init: bool = False
-    """Start keys and values at zero, not at normal noise. Not with `reparametrised` off and on alike: the last
-    layer of the MLP is zeroed then."""
+    """Start keys and values at zero instead of at normal noise; of the MLP, the last layer is zeroed."""
 
     learning_rate: ClassVar[float] = 5e-3
     title: ClassVar[str] = "Prefix tuning"

@@ -1,4 +1,4 @@
-"""Prompt tuning: P trainable embeddings in front of the input.  Lester, Al-Rfou, Constant 2021, arXiv:2104.08691."""
+"""Prompt tuning: P trainable embeddings in front of the input.  Lester et al. 2021, arXiv:2104.08691."""
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Soft prompts by peft: attached, with first values that are the same on every rank, and saved as what they encode.
+"""Soft prompts by peft: with first values that are the same on every rank, and saved as what they encode.
 
 peft keeps of a prompt only the vectors that its encoder makes. Here they are computed from the gathered
 parameters, not by the live module, whose own parameters ZeRO-3 has cut.

@@ -1,11 +1,11 @@
-"""Virtual tokens anywhere in a template, at the embedding layer.  P-tuning, Liu et al. 2021, arXiv:2103.10385.
+"""Virtual tokens anywhere in a template, at the embedding layer.  Liu et al. 2021, arXiv:2103.10385.
 
 peft's own P_TUNING has them in front only. Here a row of tokens becomes
 
     [before] prompt [between] answer          (or [before] text [between], where nothing is to be written)
 
-with the virtual tokens as ids beyond the vocabulary, which a wrapper of the embedding layer looks up in a table
-of its own. A hook in front of the model puts them in, and one behind it takes what was said at them out
+with the virtual tokens as ids beyond the vocabulary, which a wrapper of the embedding layer looks up in a
+table of its own. A hook in front of the model puts them in, and one behind it takes what was said at them out
 again: a caller sees logits of the tokens it gave. `boundary_B` says how many tokens of a row are the prompt;
 without it all are, which is what generation needs.
 
@@ -64,7 +64,7 @@ class Table(nn.Module):
 
 
 class Encoder(Table):
-    """h = MLP(BiLSTM(e)) or MLP(e); the LSTM has two layers of half the width each way, as the authors' has."""
+    """h = MLP(BiLSTM(e)) or MLP(e); the LSTM has two layers of half the width each way."""
 
     def __init__(self, count: int, width: int, kind: str) -> None:
         super().__init__(count, width)
@@ -110,8 +110,8 @@ class Placeholders(Wrapper):
 def placed(mask_BT: Tensor, boundary_B: Tensor | None, before: int, between: int) -> tuple[Tensor, Tensor]:
     """(source (B, T + P), position (B, T)): what stands where, and where the row's own tokens went.
 
-    `source` is a token's place in the row, or T + the number of the virtual token. Virtual tokens are beside the
-    row's real ones, wherever its padding is.
+    `source` is a token's place in the row, or T + the number of the virtual token. Virtual tokens are
+    beside the row's real ones, wherever its padding is.
     """
     rows, length = mask_BT.shape
     device = mask_BT.device
@@ -133,7 +133,6 @@ def placed(mask_BT: Tensor, boundary_B: Tensor | None, before: int, between: int
 
 class TemplatePromptModel(WrapperModel):
     prefix = "template_prompt_"
-    tuner_layer_cls = Placeholders
     containers = ("template_prompt_parts",)
 
     def targets(self, config: Any) -> str:
@@ -209,8 +208,12 @@ class TemplatePromptModel(WrapperModel):
         return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate behind the template; what comes back are the new tokens alone, as it is where
-        a model is given embeddings. An encoder-decoder's encoder is given them by the forward hook."""
+        """transformers' generate behind the template; what comes back are the new tokens alone, as where
+        a model is given embeddings.
+
+        Raises:
+            ValueError: the base is an encoder-decoder.
+        """
         if self._config() is None or self.model.config.is_encoder_decoder:
             if self._config() is not None:
                 raise ValueError(
@@ -226,7 +229,7 @@ def input_embedding(model: Any) -> str:
     """Name of the module that embeds what a user gives: of an encoder-decoder the encoder's."""
     inner = model.get_encoder() if model.config.is_encoder_decoder else model
     wanted = inner.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return str(next(name for name, module in model.named_modules() if module is wanted))
 
 
 class TemplatePrompted(Attached):
@@ -268,7 +271,8 @@ def table_of(config: TemplatePromptConfig, tensors: Mapping[str, Tensor]) -> Ten
     )
     part.load_state_dict(dict(tensors))
     with torch.no_grad():
-        return part().clone()
+        made: Tensor = part()
+        return made.clone()
 
 
 register("template_prompt", TemplatePromptConfig, TemplatePromptModel)
