@@ -121,6 +121,10 @@ def load(base: Any, directory: Path) -> Any:
             from peft_service.tuners.xlora import load_router
 
             return load_router(base, directory).eval()
+        if json.loads((directory / "adapter_config.json").read_text())["peft_type"] == "XLORA":
+            from peft_service.tuners.xlora import load_router
+
+            return load_router(base, directory).eval()
         return peft.PeftModel.from_pretrained(base, str(directory)).eval()
     if (directory / "delta_config.json").exists():
         from peft_service import delta
