@@ -21,7 +21,7 @@ from jobs.watch import History, follow, plot, sparkline
 from tests.jobs.service import BASE, Service, publish, rows, serving
 
 COMMANDS = (
-    "up down demo models files plan submit jobs watch logs cancel pause resume adapters pull keys "
+    "up down demo models files plan submit jobs watch logs cancel pause resume adapters operate pull keys "
     "serve-config migrate"
 )
 HEAVY = {"torch", "transformers", "peft", "ray", "deepspeed", "fastapi", "sqlalchemy", "boto3", "numpy"}
