@@ -57,7 +57,9 @@ class PTuningV2(Method):
 
         shape = prompts.prefix_shape(model)
         fields = {"num_virtual_tokens": self.virtual_tokens, **shape}
-        return prompts.Prompted(prompts.attach_prompt(model, case, PrefixTuningConfig, **fields))
+        left = case.task == "sequence_classification" and not model.config.is_encoder_decoder
+        made = prompts.attach_prompt(model, case, PrefixTuningConfig, **fields)
+        return prompts.Prompted(made, positions=left and hasattr(model, "score"))
 
     def trainable(self, shape: "ModelShape", case: Case) -> int:
         return prefix_values(shape, self.virtual_tokens)

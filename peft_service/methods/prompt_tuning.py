@@ -106,6 +106,17 @@ class PromptTuning(Method):
 def check_prompt(shape: "ModelShape", case: Case, kind: str) -> None:
     """What every method with virtual input tokens needs of a base."""
     check_width(shape, kind)
+    if shape.architecture == "decoder" and case.task == "sequence_classification":
+        raise InvalidRequest(
+            f"{kind} does not work for sequence classification on a {shape.model_type}: such a decoder is "
+            "padded on "
+            "the left, and peft puts the prompt in front of the padding, so that an answer would depend "
+            "on the "
+            'other rows of its batch. Use p_tuning with template "{prompt:20}{text}", whose prompt is '
+            "beside the text.",
+            code="method_not_applicable",
+            param="adapter.kind",
+        )
     if shape.architecture == "encoder_decoder" and case.task != "seq2seq_lm":
         raise InvalidRequest(
             f"{kind} does not work for {case.task.replace('_', ' ')} on a {shape.model_type}: "

@@ -22,6 +22,16 @@ ENCODER = "prompt_encoder.default."
 class Prompted(Attached):
     """A PeftModel with one prompt."""
 
+    def __init__(self, model: Any, positions: bool = False) -> None:
+        """`positions`: rows are padded on the left, and a prefix must not see how far."""
+        super().__init__(model)
+        self.positions = positions
+
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        if not self.positions:
+            return {}
+        return {"position_ids": (batch.mask_BT.cumsum(1) - 1).clamp_min(0)}
+
     def save(self, trainable: Mapping[str, Tensor], directory: Path, base: "tuple[str, str | None]") -> None:
         made = encoded(self.model, trainable)
         model: Any = self.model

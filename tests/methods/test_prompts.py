@@ -146,6 +146,27 @@ def test_an_encoder_reads_every_layer_of_the_deep_prompt(root, task):
     assert bool((gradient.abs().amax((0, 2)) > 0)[1::2].all())  # the values of both layers
 
 
+@pytest.mark.parametrize("base", ["llama", "opt"])
+@pytest.mark.parametrize(
+    "method", [PTuningV2(virtual_tokens=4), PTuning(template="{prompt:3}{text}{prompt:2}")]
+)
+def test_a_decoders_class_does_not_depend_on_the_padding(root, base, method):
+    live = _live(root, method, base, "sequence_classification", rate=0.05)
+    live.step(0)
+    before = live.answers()["logits"]
+    batch = live.probe
+    rows = len(batch.tokens_BT)
+    batch.tokens_BT = torch.cat([torch.full((rows, 5), 2), batch.tokens_BT], 1)
+    batch.mask_BT = torch.cat([torch.zeros(rows, 5, dtype=torch.long), batch.mask_BT], 1)
+    torch.testing.assert_close(live.answers()["logits"], before, atol=2e-5, rtol=1e-4)
+
+
+def test_prompt_tuning_of_a_decoders_class_is_refused_because_it_would(root):
+    trial = Trial(PromptTuning(virtual_tokens=4), "llama", "sequence_classification")
+    with pytest.raises(InvalidRequest, match="other rows of its batch"):
+        trial.method.check(checks.shape_of("llama", root), checks.case_of(trial))
+
+
 def test_where_virtual_tokens_stand():
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]])
     source, position = placed(mask, torch.tensor([2, 2, 1]), 1, 2)
