@@ -110,7 +110,9 @@ def load(base: Any, directory: Path) -> Any:
 
             return prompt_ensemble.load(base, [directory / part for part in told["parts"]], told["vote"])
         for part in told["parts"]:
-            model = load(model, directory / part)
+            # Each goes on the base itself, which earlier parts have changed: as when they were attached.
+            base.__dict__.pop("peft_config", None)
+            model = load(base, directory / part)
         return model.eval()
     if (directory / "adapter_config.json").exists():
         import peft

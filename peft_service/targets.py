@@ -17,9 +17,11 @@ def linear_layers(model: Any, targets: tuple[str, ...] | None = None) -> list[st
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    from peft_service.tuners import sites
+
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in sites.modules(model).items()
         if isinstance(module, torch.nn.Linear | Conv1D)
         and _IN_BLOCK.search(name)
         and not _NOT_ADAPTED.search(name)
