@@ -94,5 +94,17 @@ def check_gathered(trainable: Mapping[str, Tensor]) -> None:
 
 
 def head_modules(model: Any) -> list[str]:
-    """Names of the modules that the task added to the base (`base_model.load` found them missing)."""
-    return list(getattr(model, "new_head", ()))
+    """Names of the modules that the task added to the base (`artifact.load_base` found them missing).
+
+    Of a head of several layers, the layers: merging asks every module that PEFT has wrapped for its weight.
+    The names that PEFT wraps on its own are left whole.
+    """
+    found: list[str] = []
+    for name in getattr(model, "new_head", ()):
+        inner = [
+            f"{name}.{child}" for child, module in model.get_submodule(name).named_children()
+            if any(True for _ in module.parameters())
+        ]  # fmt: skip
+        whole = name.rpartition(".")[2] in ("classifier", "score", "qa_outputs")
+        found += [name] if whole or not inner else inner
+    return found

@@ -52,9 +52,16 @@ def tasks_of(architecture: Architecture) -> tuple[Task, ...]:
     return _OF[architecture]
 
 
+_WITHOUT: dict[Task, set[str]] = {
+    "token_classification": {"bart", "mbart", "opt"},
+    "question_answering": {"gemma", "gemma2", "phi3"},
+}
+"""Model types for which transformers has no class with that head."""
+
+
 def has_known_head(model_type: str, task: Task) -> bool:
-    """Whether `head_parameters` knows this kind of model."""
-    return task not in CLASSIFYING or model_type in _POSSIBLE
+    """Whether transformers has a class for this task and `head_parameters` knows its size."""
+    return task not in CLASSIFYING or (model_type in _POSSIBLE and model_type not in _WITHOUT.get(task, ()))
 
 
 def head_parameters(task: Task, model_type: str, hidden: int, labels: int, pooled: bool) -> int:

@@ -6,8 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from peft_service.errors import InvalidRequest
-from peft_service.tasks import ARCHITECTURES, TASKS, Architecture, Task, head_parameters
+from peft_service.tasks import (
+    ARCHITECTURES,
+    TASKS,
+    Architecture,
+    Task,
+    has_known_head,
+    head_parameters,
+)
 from peft_service.variants import Frozen, union_of, variants_of
 
 if TYPE_CHECKING:
@@ -41,7 +50,7 @@ class Capabilities(Frozen):
     carrier: Carrier = "peft"
     servers: tuple[str, ...] = SERVERS
     """Which servers can load it at best; the manifest of an adapter says it of that very adapter."""
-    why: dict[str, str] = {}
+    why: dict[str, str] = Field(default_factory=dict)
     """Field of this class -> the reason for the limit, and the nearest thing that works."""
 
 
@@ -177,7 +186,15 @@ def admit(method: Method, shape: "ModelShape", case: Case) -> None:
 
     if shape.architecture not in can.architectures:
         words = shape.architecture.replace("_", "-")
-        refuse("architectures", f"on {words} models such as this {shape.model_type or 'base'}", "adapter.kind")
+        such = f"on {words} models such as this {shape.model_type or 'base'}"
+        refuse("architectures", such, "adapter.kind")
+    if not has_known_head(shape.model_type, case.task):
+        raise InvalidRequest(
+            f"for {case.task.replace('_', ' ')}, a {shape.model_type} base has no head that is known here; "
+            "take a BERT, a T5 or a LLaMA-like base",
+            code="base_not_applicable",
+            param="model",
+        )
     if case.task not in can.tasks:
         refuse("tasks", f"for {case.task.replace('_', ' ')}", "adapter.kind")
     if case.quantize and not can.nf4:
@@ -227,7 +244,7 @@ _SPELLINGS = re.compile(r"[\s_\-/().]+")
 
 
 def names() -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Every name that a request may use for a method, normalised by `spelled` -> its kind and preset fields."""
+    """Every name that a request may use for a method, as `spelled` has it -> its kind and preset fields."""
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for variant in METHODS:
         kind = str(variant.model_fields["kind"].default)

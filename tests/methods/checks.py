@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from peft_service import artifact, base_model, batches, methods
@@ -56,7 +57,11 @@ class Trial:
 def example(variant: type[Method], alias: str = "") -> Method:
     """The method with its small fields, and what the alias sets."""
     preset = {name: value for name, value in variant.aliases.get(alias, {}).items() if "." not in name}
-    return variant.model_validate({"kind": kind_of(variant), **variant.small, **preset})
+    try:
+        return variant.model_validate({"kind": kind_of(variant), **variant.small, **preset})
+    except ValidationError:
+        # Under this name the small fields do not go: it has others.
+        return variant.model_validate({"kind": kind_of(variant), **preset})
 
 
 def trials(root: Path) -> list[Trial]:
