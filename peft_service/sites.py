@@ -80,7 +80,7 @@ class Sites:
 
     @cached_property
     def norm_after_ffn(self) -> str | None:
-        """Pattern of the norm that is applied to residual + feed-forward output; None where norms come first."""
+        """Pattern of the norm of residual + feed-forward output; None where norms come first."""
         if self.kind in _POST_NORM:
             return r"(?:.*\.)?\d+\.final_layer_norm"
         return next((pattern for pattern in _NORM_AFTER_FFN if self.found(pattern)), None)

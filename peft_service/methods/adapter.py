@@ -1,4 +1,5 @@
-"""Adapters: a small two-layer network after, or beside, parts of the frozen transformer.  Houlsby et al. 2019.
+"""Adapters: a small two-layer network after, or beside, parts of the frozen transformer.  Houlsby et al.
+2019.
 
     E(x) = s (U σ(D x + b_D) + b_U)      D (m, d), U (d, m); U and b_U start at zero, so step 0 is the base
 
@@ -51,10 +52,15 @@ class Adapter(Bottlenecks, Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
     summary: ClassVar[str] = "Small two-layer networks inside every layer of the frozen transformer."
     formula: ClassVar[str] = (
-        "y + s U relu(D y): 2dm + d + m values a place; houlsby has two places a layer, pfeiffer and parallel one"
+        "y + s U relu(D y): 2dm + d + m values a place; houlsby has two places a layer, pfeiffer and "
+        "parallel one"
     )
-    use_when: ClassVar[str] = "Many tasks on one base, to be fused later (adapter_fusion), or LoRA's accuracy is short."
-    limits: ClassVar[str] = "Two more products a layer at inference. An encoder-decoder's cross-attention gets none."
+    use_when: ClassVar[str] = (
+        "Many tasks on one base, to be fused later (adapter_fusion), or LoRA's accuracy is short."
+    )
+    limits: ClassVar[str] = (
+        "Two more products a layer at inference. An encoder-decoder's cross-attention gets none."
+    )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {
         "standard_adapter": {},
         "bottleneck": {},

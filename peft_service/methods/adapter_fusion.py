@@ -1,4 +1,5 @@
-"""AdapterFusion: attention over trained adapters, which stay as they are.  Pfeiffer et al. 2020, arXiv:2005.00247.
+"""AdapterFusion: attention over trained adapters, which stay as they are.  Pfeiffer et al. 2020,
+arXiv:2005.00247.
 
 At every place of the members, with x what an adapter would read and u_i what member i would add:
 
@@ -26,18 +27,26 @@ class AdapterFusion(Bottlenecks, Method):
     sources: tuple[str, ...] = Field(min_length=2, max_length=64)
     """The adapters to fuse, published ones of kind adapter on the same base."""
     variant: Variant = "houlsby"
-    """The members' variant; it, `size`, `activation` and `scale` are those with which all of them were trained."""
+    """Of the members: it, `size`, `activation` and `scale` are those that all of them have."""
     regularisation: float = Field(0.01, ge=0, le=10)
     """λ."""
 
-    learning_rate: ClassVar[float] = 5e-5
+    learning_rate: ClassVar[float] = 5e-4
     title: ClassVar[str] = "AdapterFusion"
     family: ClassVar[str] = "multi-task"
     paper: ClassVar[str] = "https://arxiv.org/abs/2005.00247"
-    summary: ClassVar[str] = "Learns how much of each of several trained adapters to use, position by position."
-    formula: ClassVar[str] = "Σ softmax(⟨Q x, K u_i⟩) V u_i; 3d² + 2d values a place train, the members' are kept too"
-    use_when: ClassVar[str] = "Adapters of related tasks exist, and a task with few rows is to profit from them."
-    limits: ClassVar[str] = "Every member is computed at every place; d² values a place are many for a large base."
+    summary: ClassVar[str] = (
+        "Learns how much of each of several trained adapters to use, position by position."
+    )
+    formula: ClassVar[str] = (
+        "Σ softmax(⟨Q x, K u_i⟩) V u_i; 3d² + 2d values a place train, the members' are kept too"
+    )
+    use_when: ClassVar[str] = (
+        "Adapters of related tasks exist, and a task with few rows is to profit from them."
+    )
+    limits: ClassVar[str] = (
+        "Every member is computed at every place; d² values a place are many for a large base."
+    )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"fusion": {}}
     sources_of: ClassVar[tuple[str, ...]] = ("adapter",)
     small: ClassVar[dict[str, Any]] = {"sources": ("one", "two"), "size": 8}

@@ -32,10 +32,13 @@ class Hadamard(Method):
     family: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.11033"
     summary: ClassVar[str] = "One scale and one shift for what self-attention says, and the norm behind it."
-    formula: ClassVar[str] = "w ⊙ a + b; 2d values a layer + 2d of a LayerNorm or d of an RMSNorm: 0.034 % of BERT"
+    formula: ClassVar[str] = (
+        "w ⊙ a + b; 2d values a layer + 2d of a LayerNorm or d of an RMSNorm: 0.034 % of BERT"
+    )
     use_when: ClassVar[str] = "Classification with an encoder such as BERT and an artifact of some kilobytes."
     limits: ClassVar[str] = (
-        "Merges only where self-attention ends in a layer with a bias (BERT, GPT-2, BART), not into LLaMA or T5. "
+        "Merges only where self-attention ends in a layer with a bias (BERT, GPT-2, BART), not into LLaMA "
+        "or T5. "
         "The learning rate's schedule goes over both stages."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"hadamard_adapter": {}}
@@ -45,7 +48,8 @@ class Hadamard(Method):
         mergeable=False,
         servers=("peft",),
         why={
-            "weight_decay": "w rests at 1 and the norms at the base's values, and decay pulls them to 0. Set it to 0",
+            "weight_decay": "w rests at 1 and the norms at the base's values, and decay pulls them to 0. "
+            "Set it to 0",
             "mergeable": "b needs a bias to go to, which bases such as LLaMA and T5 do not have. PEFT's own "
             "merge_and_unload does it on those that have one (BERT, GPT-2, BART)",
             "servers": "vLLM, LoRAX and Ray Serve load LoRA files only. Use lora there",
@@ -58,7 +62,9 @@ class Hadamard(Method):
         from peft_service.tuners.wrapper import attach
 
         adapted = attach(model, case, HadamardConfig, train_norms=self.train_norms)
-        steps = min(round(self.first_stage * case.steps), max(0, case.steps - 1)) if head_modules(model) else 0
+        steps = (
+            min(round(self.first_stage * case.steps), max(0, case.steps - 1)) if head_modules(model) else 0
+        )
         return Staged(adapted, steps, self.head_in_second)
 
     def trainable(self, shape: "ModelShape", case: Case) -> int:
@@ -80,12 +86,13 @@ class Hadamard(Method):
                 _ = places.norm_after_attention
             except ValueError:
                 raise InvalidRequest(
-                    f"hadamard cannot tell the norm behind self-attention in this {shape.model_type or 'base'}: "
-                    "set train_norms to false, or use ssf.",
+                    "hadamard cannot tell the norm behind self-attention in this "
+                    f"{shape.model_type or 'base'}: set train_norms to false, or use ssf.",
                     param="adapter.train_norms",
                 ) from None
         if head(shape, case) and self.first_stage and case.steps == 1:
             raise InvalidRequest(
-                "hadamard trains in two stages, but this run has one step. Train longer, or set first_stage to 0.",
+                "hadamard trains in two stages, but this run has one step. Train longer, or set first_stage "
+                "to 0.",
                 param="training.max_steps",
             )

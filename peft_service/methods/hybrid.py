@@ -1,9 +1,11 @@
-"""Hybrid: several methods on one base, trained together.  Surveys: 2410.19878; S4, Chen et al. 2023, arXiv:2301.01821.
+"""Hybrid: several methods on one base, trained together.  Surveys: 2410.19878; S4, Chen et al. 2023,
+arXiv:2301.01821.
 
     y = what all parts make of it, one after the other; the number of parameters is the sum
 
-`parts` are requests for methods, for example `[{"kind": "lora", "rank": 8}, {"kind": "adapter", "size": 32}]`. The
-artifact has a directory for each, which loads alone; `peft_service.artifact.load` puts them together.
+`parts` are requests for methods, for example `[{"kind": "lora", "rank": 8}, {"kind": "adapter", "size":
+32}]`. The artifact has a directory for each, which loads alone; `peft_service.artifact.load` puts them
+together.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -23,8 +25,8 @@ LEVELS = {
     **dict.fromkeys(("tiny_attention", "pasta"), 2),
     **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning_v2"), 3),
 }
-"""Methods that can be parts -> how far out they lie: on linear layers, behind them, around whole blocks, in front
-of the input. Inner ones are attached first, so that outer ones find the modules that they name."""
+"""Methods that can be parts -> how far out they lie: on linear layers, behind them, around whole blocks, in
+front of the input. Inner ones are attached first, so that outer ones find the modules that they name."""
 GROUPS = {
     **dict.fromkeys(("lora", "dora", "lora_plus"), "LoRA"),
     **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning_v2"), "prompt"),
@@ -44,12 +46,15 @@ def _part(value: Any) -> Any:
     known = names().get(spelled(value["kind"]))
     if known is None or known[0] not in LEVELS:
         raise ValueError(
-            f"{value['kind']!r} cannot be a part: it changes the base's own weights, trains in phases, starts "
+            f"{value['kind']!r} cannot be a part: it changes the base's own weights, trains in phases, "
+            f"starts "
             f"from other adapters or is no method. What can: {', '.join(sorted(LEVELS))}"
         )
     kind, preset = known
     if outside := [name for name in preset if "." in name]:
-        raise ValueError(f"{value['kind']!r} sets {outside[0]}, which is the whole job's: set it there, and use {kind}")
+        raise ValueError(
+            f"{value['kind']!r} sets {outside[0]}, which is the whole job's: set it there, and use {kind}"
+        )
     variant = next(variant for variant in METHODS if variant.model_fields["kind"].default == kind)
     return variant.model_validate({**preset, **value, "kind": kind})
 
@@ -114,7 +119,8 @@ class Hybrid(Method):
     formula: ClassVar[str] = "all parts at once; the sum of their parameters"
     use_when: ClassVar[str] = "One method is not enough, or a combination from a paper is to be tried."
     limits: ClassVar[str] = (
-        "One LoRA-like and one prompt-like part. Each part learns at its own default rate in proportion: the rate "
+        "One LoRA-like and one prompt-like part. Each part learns at its own default rate in proportion: "
+        "the rate "
         "of the job is that of the slowest part. With a head, each part's directory has it."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"combination": {}}
@@ -128,14 +134,18 @@ class Hybrid(Method):
         for number, part in enumerate(self.parts):
             for other in self.parts[:number]:
                 if part.kind == other.kind:
-                    raise ValueError(f"parts: {part.kind} is there twice; give one of them more capacity instead")
+                    raise ValueError(
+                        f"parts: {part.kind} is there twice; give one of them more capacity instead"
+                    )
                 if (group := GROUPS.get(part.kind)) and group == GROUPS.get(other.kind):
                     raise ValueError(
-                        f"parts: {other.kind} and {part.kind} both are a {group}, and PEFT has room for one; leave "
+                        f"parts: {other.kind} and {part.kind} both are a {group}, and PEFT has room for "
+                        f"one; leave "
                         "one out"
                     )
-            if getattr(part, "init", "default") in ("pissa", "olora", "eva", "loftq", "orthogonal"):
-                raise ValueError(f"parts: init {part.init} is saved as another LoRA; use init default in a part")  # type: ignore[attr-defined]
+            init = getattr(part, "init", None)
+            if init in ("pissa", "olora", "eva", "loftq", "orthogonal"):
+                raise ValueError(f"parts: init {init} is saved as another LoRA; use init default in a part")
         return self
 
     @property

@@ -35,10 +35,14 @@ class MAM(Method):
     title: ClassVar[str] = "MAM adapter"
     family: ClassVar[str] = "hybrid"
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.04366"
-    summary: ClassVar[str] = "A short prefix in every layer and a scaled adapter beside every feed-forward network."
+    summary: ClassVar[str] = (
+        "A short prefix in every layer and a scaled adapter beside every feed-forward network."
+    )
     formula: ClassVar[str] = "[P_K; K], [P_V; V] and h + 4 E(r); 2LPk + L(2dm + d + m) values"
     use_when: ClassVar[str] = "Accuracy near full fine-tuning with some per cent of the weights."
-    limits: ClassVar[str] = "No gradient checkpointing. Of an encoder-decoder the prefix is on the decoder alone."
+    limits: ClassVar[str] = (
+        "No gradient checkpointing. Of an encoder-decoder the prefix is on the decoder alone."
+    )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"mam_adapter": {}, "mix_and_match": {}}
     small: ClassVar[dict[str, Any]] = {"virtual_tokens": 5, "size": 8}
     can: ClassVar[Capabilities] = Capabilities(
@@ -51,7 +55,8 @@ class MAM(Method):
             "gradient_checkpointing": NO_CHECKPOINTING,
             "starts_as_base": STARTS,
             "mergeable": NOT_WHOLE,
-            "servers": "no server loads several kinds of adapter as one. Load it with peft_service.artifact.load",
+            "servers": "no server loads several kinds of adapter as one. Load it with "
+            "peft_service.artifact.load",
         },
     )
 
@@ -72,7 +77,5 @@ class MAM(Method):
 
     def _whole(self, case: Case) -> Hybrid:
         prefix = PTuningV2 if case.task in CLASSIFYING else PrefixTuning
-        adapter = Adapter(
-            variant="parallel", size=self.size, scale=self.scale, activation=self.activation
-        )
+        adapter = Adapter(variant="parallel", size=self.size, scale=self.scale, activation=self.activation)
         return Hybrid(parts=(adapter, prefix(virtual_tokens=self.virtual_tokens)))

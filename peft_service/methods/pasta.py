@@ -1,8 +1,9 @@
 """PASTA: a trained vector on the hidden states of special tokens, before each layer.  Yang et al. 2022.
 
-arXiv:2210.04382; not the attention steering of the same name. Which tokens are special: those that the tokenizer
-declares, without padding, mask and unknown. On an encoder these are [CLS] and [SEP]; on a decoder the first
-token (BOS) and the marks of the chat template; of an encoder-decoder also what the decoder starts with.
+arXiv:2210.04382; not the attention steering of the same name. Which tokens are special: those that the
+tokenizer declares, without padding, mask and unknown. On an encoder these are [CLS] and [SEP]; on a decoder
+the first token (BOS) and the marks of the chat template; of an encoder-decoder also what the decoder starts
+with.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -34,11 +35,14 @@ class Pasta(Method):
     title: ClassVar[str] = "PASTA"
     family: ClassVar[str] = "scale and shift"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.04382"
-    summary: ClassVar[str] = "Vectors on special tokens such as [CLS], before every layer; nothing else changes."
+    summary: ClassVar[str] = (
+        "Vectors on special tokens such as [CLS], before every layer; nothing else changes."
+    )
     formula: ClassVar[str] = "h_p + v_k at the k-th special token p of a row; L·n·d values"
     use_when: ClassVar[str] = "Classification and tagging with an encoder, with 0.03 % of its weights."
     limits: ClassVar[str] = (
-        "Rows without a special token are answered as the base does. On a decoder it needs a tokenizer that sets "
+        "Rows without a special token are answered as the base does. On a decoder it needs a tokenizer that "
+        "sets "
         "a first token, or chat rows: only tokens behind a special one see it."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"parameter_efficient_special_tokens": {}}
@@ -48,7 +52,8 @@ class Pasta(Method):
         mergeable=False,
         servers=("peft",),
         why={
-            "mergeable": "it changes hidden states at some tokens only, which no weight of the base can. Use ssf",
+            "mergeable": "it changes hidden states at some tokens only, which no weight of the base can. "
+            "Use ssf",
             "servers": "vLLM, LoRAX and Ray Serve load LoRA files only. Use lora there",
         },
     )
@@ -76,10 +81,13 @@ class Pasta(Method):
         ids = {number for number in ids if number < model.get_input_embeddings().num_embeddings}
         rows = material.sample(SAMPLE) if material.sample else []
         wanted = sorted(ids)
-        if not wanted or (rows and not any(set(wanted) & set(row.tokens_BT.flatten().tolist()) for row in rows)):
+        if not wanted or (
+            rows and not any(set(wanted) & set(row.tokens_BT.flatten().tolist()) for row in rows)
+        ):
             raise InvalidRequest(
                 f"pasta puts vectors on special tokens, and the first {len(rows)} rows have none of "
-                f"{tokenizer.convert_ids_to_tokens(wanted)}. Train on chat rows, name tokens that are there in "
+                f"{tokenizer.convert_ids_to_tokens(wanted)}. Train on chat rows, name tokens that are there "
+                f"in "
                 "`tokens`, or use ssf, which changes every token.",
                 param="adapter.tokens",
             )

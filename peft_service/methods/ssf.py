@@ -1,7 +1,8 @@
-"""SSF: scale and shift what comes out of linear layers and norms, y = γ ⊙ x + β.  Lian et al. 2022, arXiv:2210.08823.
+"""SSF: scale and shift what comes out of linear layers and norms, y = γ ⊙ x + β.  Lian et al. 2022,
+arXiv:2210.08823.
 
-γ starts at 1 and β at 0, so step 0 is the base; `init` paper draws both with deviation 0.02 around that, as the
-authors' code does.
+γ starts at 1 and β at 0, so step 0 is the base; `init` paper draws both with deviation 0.02 around that, as
+the authors' code does.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,11 +26,14 @@ class SSF(Method):
     title: ClassVar[str] = "SSF"
     family: ClassVar[str] = "scale and shift"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.08823"
-    summary: ClassVar[str] = "Learned scales and shifts behind every linear layer and norm; they merge for free."
+    summary: ClassVar[str] = (
+        "Learned scales and shifts behind every linear layer and norm; they merge for free."
+    )
     formula: ClassVar[str] = "y = γ ⊙ x + β; d_out values for every γ and every β"
     use_when: ClassVar[str] = "Nothing may be added at inference, and some tenths of a per mille have to do."
     limits: ClassVar[str] = (
-        "The paper is about vision. On bases without biases (LLaMA, T5) the default has no β; with shift all it "
+        "The paper is about vision. On bases without biases (LLaMA, T5) the default has no β; with shift "
+        "all it "
         "has, and then does not merge there."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"scale_and_shift": {}, "scaling_shifting": {}}
@@ -64,7 +68,8 @@ class SSF(Method):
     def check(self, shape: "ModelShape", case: Case) -> None:
         if not self.trainable(shape, case):
             raise InvalidRequest(
-                f"ssf finds no linear layer or norm in the layers of this {shape.model_type or 'base'}: use lora.",
+                f"ssf finds no linear layer or norm in the layers of this {shape.model_type or 'base'}: use "
+                f"lora.",
                 code="method_not_applicable",
                 param="adapter.kind",
             )

@@ -1,4 +1,5 @@
-"""Tiny-attention adapter: a second, very narrow self-attention behind each attention block.  Zhao et al. 2022.
+"""Tiny-attention adapter: a second, very narrow self-attention behind each attention block.  Zhao et al.
+2022.
 
 arXiv:2211.01979; `peft_service.tuners.tiny_attention` has the formula. With several `experts` every row of a
 step goes through one, drawn anew at each step, and the artifact has the mean of their weights.
@@ -32,11 +33,17 @@ class TinyAttention(Method):
     family: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2211.01979"
     summary: ClassVar[str] = "A second self-attention of width one behind each attention block."
-    formula: ClassVar[str] = "h + Up(MHA(Down(LN(h)))); 3d + 4ad + 4a² + 7a values a block and expert, 7d + 11 at a = 1"
-    use_when: ClassVar[str] = "Some hundredths of a per cent of the weights, and what helps lies elsewhere in the text."
+    formula: ClassVar[str] = (
+        "h + Up(MHA(Down(LN(h)))); 3d + 4ad + 4a² + 7a values a block and expert, 7d + 11 at a = 1"
+    )
+    use_when: ClassVar[str] = (
+        "Some hundredths of a per cent of the weights, and what helps lies elsewhere in the text."
+    )
     limits: ClassVar[str] = (
-        "Up starts at zero and not at 1/100 of noise as the authors' does, so that step 0 is the base. Scores are "
-        "held as a matrix over all pairs of tokens. Masks of flash and flex attention are not read: sdpa or eager."
+        "Up starts at zero and not at 1/100 of noise as the authors' does, so that step 0 is the base. "
+        "Scores are "
+        "held as a matrix over all pairs of tokens. Masks of flash and flex attention are not read: sdpa or "
+        "eager."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"tiny_attention_adapter": {}}
     small: ClassVar[dict[str, Any]] = {"size": 4, "heads": 2, "experts": 2}

@@ -1,8 +1,9 @@
 """UniPELT: LoRA, a prefix and an adapter, each with a learned gate.  Mao et al. 2021, arXiv:2110.07577.
 
-The formulas are AdapterHub's (`peft_service.tuners.unipelt`), which follow the authors' code where it differs from
-the paper: no α / r, one gate a place, and the gate of a row is a mean over its tokens. That mean is why it does
-not write text here: it would see what is to be written, and would be another while it is written token by token.
+The formulas are AdapterHub's (`peft_service.tuners.unipelt`), which follow the authors' code where it differs
+from the paper: no α / r, one gate a place, and the gate of a row is a mean over its tokens. That mean is why
+it does not write text here: it would see what is to be written, and would be another while it is written
+token by token.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -33,9 +34,12 @@ class UniPELT(Method):
     title: ClassVar[str] = "UniPELT"
     family: ClassVar[str] = "hybrid"
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.07577"
-    summary: ClassVar[str] = "LoRA, prefix and adapter in one, and gates that learn which of them a row needs."
+    summary: ClassVar[str] = (
+        "LoRA, prefix and adapter in one, and gates that learn which of them a row needs."
+    )
     formula: ClassVar[str] = (
-        "W x + g B A x at q and v, [g P_K; K], [g P_V; V], h + g E(LN(h + r)); Σ r(d_in + d_out) + d_in + 1 over q and "
+        "W x + g B A x at q and v, [g P_K; K], [g P_V; V], h + g E(LN(h + r)); Σ r(d_in + d_out) + d_in + 1 "
+        "over q and "
         "v, and 2Pk + d + 1 and 2dm + 2d + m + 1 a layer"
     )
     use_when: ClassVar[str] = "Few rows and no time to find out which method suits the task."
@@ -50,9 +54,11 @@ class UniPELT(Method):
         mergeable=False,
         servers=("peft",),
         why={
-            "architectures": "its prefix would count as text in T5's relative positions. Use kind hybrid with lora "
+            "architectures": "its prefix would count as text in T5's relative positions. Use kind hybrid "
+            "with lora "
             "and adapter as parts",
-            "tasks": "a gate is the mean over all tokens of a row, so while training it would see the answer, and "
+            "tasks": "a gate is the mean over all tokens of a row, so while training it would see the "
+            "answer, and "
             "it would change with every token that is written. Use kind hybrid with lora, adapter and "
             "prefix_tuning, which is the same without gates",
             "starts_as_base": STARTS,

@@ -1,10 +1,11 @@
 """Several adapters on one base at once, trained together and saved each on its own.
 
-PEFT keeps one type of adapter a model. So each part is injected into the same transformers model, one after the
-other, and a prompt or prefix is wrapped around at the end; what a part freezes of an earlier one is opened again.
-Every part has its own PeftModel over that one model. Later parts wrap earlier ones, which changes the names of
-those; a part's file has the names that its parameters had before, so that it loads alone, and that all load in
-this order (`peft_service.artifact`).
+PEFT keeps one type of adapter a model. So each part is injected into the same transformers model, one after
+the other, and a prompt or prefix is wrapped around at the end; what a part freezes of an earlier one is
+opened again.
+Every part has its own PeftModel over that one model. Later parts wrap earlier ones, which changes the names
+of those; a part's file has the names that its parameters had before, so that it loads alone, and that all
+load in this order (`peft_service.artifact`).
 """
 
 import json

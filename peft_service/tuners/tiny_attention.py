@@ -5,8 +5,8 @@
 Zhao et al. 2022, arXiv:2211.01979. h (B, T, d) is what the attention block returns. Up starts at zero. The
 adapter sees exactly the positions that the block sees: its mask, or its causality where there is none, and it
 keeps its own keys and values in the generation cache. With n experts, each row of a training batch goes
-through one of them (`Experts` draws which), and evaluation uses the mean of their weights. Parameters a block and
-expert:
+through one of them (`Experts` draws which), and evaluation uses the mean of their weights. Parameters a block
+and expert:
 3d + 4ad + 4a² + 7a, which is 7d + 11 at a = 1.
 """
 

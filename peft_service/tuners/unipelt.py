@@ -1,9 +1,11 @@
-"""UniPELT: LoRA, a prefix and an adapter together, each behind a gate of its own.  Mao et al. 2021, arXiv:2110.07577.
+"""UniPELT: LoRA, a prefix and an adapter together, each behind a gate of its own.  Mao et al. 2021,
+arXiv:2110.07577.
 
     q, v        W x + g B A x                       no α / r
     FFN's end   h + g E(x), x = LN(h + r), where no norm follows h + r (Pfeiffer's placement)
     attention   [g P_K; K], [g P_V; V]              keys of a prefix are not rotated
-    g           = mean over a row's tokens of sigmoid(w z + b), one number a row and place; z is the input of that place
+    g           = mean over a row's tokens of sigmoid(w z + b), one number a row and place; z is the input of
+    that place
 
 as AdapterHub computes it, but for padding: a mean over pads too would let the answer depend on how a batch is
 cut. `gates_see_padding` is AdapterHub's. Parameters a layer: of the adapter 2dm + d + m, of each linear layer
@@ -96,10 +98,9 @@ class Gate(nn.Module):
 
     def forward(self, z_BTD: Tensor, real_BT: Tensor | None) -> Tensor:
         opened = torch.sigmoid(self.linear(z_BTD.to(self.linear.weight.dtype)))
-        if real_BT is None:
-            return opened.mean(1, keepdim=True)
-        weight = real_BT[..., None].to(opened.dtype)
-        return (opened * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+        weight = torch.ones_like(opened) if real_BT is None else real_BT[..., None].to(opened.dtype)
+        mean: Tensor = (opened * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+        return mean
 
 
 class GatedLoRA(nn.Module):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
+
 from peft_service import artifact, methods
 from peft_service.errors import InvalidRequest
 from peft_service.gate import weights_of
@@ -9,8 +11,6 @@ from peft_service.methods import Case, Material
 from peft_service.methods.hybrid import Hybrid, together
 from peft_service.methods.mam import MAM
 from peft_service.methods.prefix_tuning import PrefixTuning
-from pydantic import ValidationError
-
 from tests import golden
 from tests.methods.checks import Live, Trial, case_of, difference, shape_of
 from tests.peft_service.tuners import adapterhub
@@ -113,8 +113,8 @@ def test_a_limit_names_its_part(root):
     assert hybrid.can.why["gradient_checkpointing"].startswith("its part prefix_tuning: ")
     assert hybrid.can.tasks == ("causal_lm", "seq2seq_lm")
     assert together(Hybrid(**Hybrid.small).parts).starts_as_base
+    trial = Trial(hybrid, "bert", "token_classification")
     with pytest.raises(InvalidRequest, match="prefix_tuning"):
-        trial = Trial(hybrid, "bert", "token_classification")
         methods.admit(hybrid, shape_of("bert", root), case_of(trial))
     again = Hybrid.model_validate(hybrid.model_dump(mode="json"))
     assert again == hybrid

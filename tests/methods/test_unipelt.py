@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from peft import get_peft_model
+
 from peft_service.methods.unipelt import UniPELT
 from peft_service.tuners.unipelt import Gate, UniPELTConfig
-
 from tests import golden
 from tests.methods.checks import Live, Trial
 
@@ -22,13 +22,17 @@ def ours(name: str, kind: str) -> str:
     if ".loras." in name:
         part = {"lora_A": "down.weight", "lora_B": "up.weight"}.get(rest) or gate[rest]
         return f"{name.partition('.loras.')[0]} {part}"
-    part = gate[rest] if ".gate." in name else re.search(r"adapter_(down|up)(\.0)?\.(\w+)$", name).expand(r"adapter.\1.\3")
-    block = re.match(r".*?\.\d+", name).group(0)
-    return f"{block}.{'output.LayerNorm' if kind == 'bert' else 'mlp.down_proj'} {part}"
+    part = (
+        gate[rest]
+        if ".gate." in name
+        else re.search(r"adapter_(down|up)(\.0)?\.(\w+)$", name).expand(r"adapter.\1.\3")
+    )
+    place = "output.LayerNorm" if kind == "bert" else "mlp.down_proj"
+    return f"{re.match(r'.*?[.][0-9]+', name).group(0)}.{place} {part}"
 
 
 def loaded(kind: str):
-    """(recorded, our model with its weights, AdapterHub's name -> our parameter or the parts of the prefix)."""
+    """(recorded, our model with its weights, AdapterHub's name -> our parameter, the prefix's)."""
     recorded = golden.load(f"unipelt-{kind}")
     config = UniPELTConfig(rank=4, virtual_tokens=3, bottleneck_size=4, gates_see_padding=True)
     model = get_peft_model(recorded.base(), config).eval()
@@ -87,7 +91,9 @@ def test_gates_are_between_0_and_1_one_a_row_and_place(root):
         assert bool(((made > 0) & (made < 1)).all())
 
 
-@pytest.mark.parametrize(("base", "task"), [("bert", "sequence_classification"), ("llama", "token_classification")])
+@pytest.mark.parametrize(
+    ("base", "task"), [("bert", "sequence_classification"), ("llama", "token_classification")]
+)
 def test_a_row_is_answered_the_same_whatever_it_is_padded_to(root, base, task):
     live = Live(Trial(UniPELT(**UniPELT.small), base, task), root, rate=0.01)
     for step in range(3):
@@ -98,7 +104,9 @@ def test_a_row_is_answered_the_same_whatever_it_is_padded_to(root, base, task):
     assert together.tokens_BT.shape[1] > width
     with torch.no_grad():
         one, two = (model(**batch.inputs).logits[0] for batch in (alone, together))
-    torch.testing.assert_close(one, two[: len(one)] if task == "token_classification" else two, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        one, two[: len(one)] if task == "token_classification" else two, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_open_gates_are_the_sum_of_the_parts(root):
@@ -112,7 +120,6 @@ def test_open_gates_are_the_sum_of_the_parts(root):
         part.gate.linear.weight.zero_()
         part.gate.linear.bias.fill_(50.0)
         x = torch.randn(2, 5, 32)
-        live.attached.model.base_model  # noqa: B018
         layer.tokens.mask = None
         wanted = layer.base_layer(x) + x @ part.down.weight.T @ part.up.weight.T
         torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
