@@ -281,9 +281,7 @@ def models(
                 (
                     item.kind,
                     item.family,
-                    ", ".join(
-                        name.replace("_", "-") for name in item.capabilities.get("architectures", [])
-                    ),
+                    ", ".join(name.replace("_", "-") for name in item.capabilities.get("architectures", [])),
                     "yes" if item.capabilities.get("nf4") else "no",
                     item.summary,
                 )

@@ -15,10 +15,11 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, field
 
 from jobs.body import check, unknown_key
 from jobs.db import PRIORITY_HIGHEST, PRIORITY_LOWEST, PRIORITY_NORMAL
-from peft_service.errors import InvalidRequest
 from peft_service import methods
+from peft_service.errors import InvalidRequest
 from peft_service.methods import METHODS, Method
 from peft_service.objectives import OBJECTIVES, Objective
+from peft_service.operations import OPERATIONS
 from peft_service.spec import (
     NAME_PATTERN,
     Base,
@@ -30,7 +31,7 @@ from peft_service.spec import (
     Training,
     case_of,
 )
-from peft_service.tasks import has_known_head, tasks_of
+from peft_service.tasks import tasks_of
 from peft_service.variants import Frozen, kind_of
 
 AUTO_FIELDS = ("n_epochs", "batch_size", "learning_rate", "max_seq_len")
@@ -54,11 +55,25 @@ def methods_by_kind() -> dict[str, type[Method]]:
 def defaults_of(method: type[Method]) -> dict[str, Any]:
     """The values of a method's fields that a request leaves out; a field that it must give is not there."""
     found = {}
-    for name, field in method.model_fields.items():
-        if not field.is_required():
-            value = field.get_default(call_default_factory=True)
+    for name, info in method.model_fields.items():
+        if not info.is_required():
+            value = info.get_default(call_default_factory=True)
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
+
+
+def operation_named(name: str) -> str | None:
+    """The operation on adapters that somebody means who asks for a method of this name."""
+    spelled = methods.spelled(name)
+    return next(
+        (
+            kind
+            for kind in map(kind_of, OPERATIONS)
+            if spelled.removesuffix("adapter").removesuffix("s") in (kind, f"adapter{kind}")
+            or spelled == f"adapter{kind}"
+        ),
+        None,
+    )
 
 
 def known_names() -> list[str]:
@@ -86,14 +101,8 @@ def objective_for(file: DataFile, shape: Any) -> Objective:
         ]
         words = shape.architecture.replace("_", "-")
         raise InvalidRequest(
-            f"the file {file.id} is of the format {file.format}, which teaches {task.replace('_', ' ')}, but the "
-            f"base is an {words} model ({shape.model_type}); such a base learns from: {', '.join(able)}",
-            code="base_not_applicable",
-            param="model",
-        )
-    if not has_known_head(shape.model_type, task):
-        raise InvalidRequest(
-            f"for {shape.model_type} models the size of the head for {task.replace('_', ' ')} is not known here",
+            f"the file {file.id} is of the format {file.format}, which teaches {task.replace('_', ' ')}, but "
+            f"the base is an {words} model ({shape.model_type}); such a base learns from: {', '.join(able)}",
             code="base_not_applicable",
             param="model",
         )
@@ -387,6 +396,14 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
                 f"adapter.{key} must be the name of a method", code="invalid_value", param=f"adapter.{key}"
             )
         named = methods.names().get(methods.spelled(kind))
+        if named is None and (operation := operation_named(kind)):
+            raise InvalidRequest(
+                f"adapter.{key}: {kind} is an operation on adapters that exist: POST /v1/adapters/operations with "
+                f'{{"operation": {{"kind": "{operation}"}}, "adapters": [...]}}, or peft-service operate '
+                f"{operation}",
+                code="method_not_supported",
+                param=f"adapter.{key}",
+            )
         if named is None:
             raise InvalidRequest(
                 f"adapter.{key}: there is no method {kind!r}; "
@@ -469,9 +486,7 @@ def resolve(
             param="training.max_seq_len",
         )
     name = body.name or body.suffix or default_name(known.base.id, kind_of(type(wanted.method)))
-    base = known.base.model_copy(
-        update={"quantize": wanted.quantize, "architecture": shape.architecture}
-    )
+    base = known.base.model_copy(update={"quantize": wanted.quantize, "architecture": shape.architecture})
     spec = FineTuneSpec(
         name=name,
         base=base,

@@ -38,10 +38,13 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 _PEFT_TYPES = frozenset(
-    """PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA BOFT ADAPTION_PROMPT IA3 LOHA
-    LOKR OFT POLY LN_TUNING VERA FOURIERFT XLORA HRA VBLORA CPT RANDLORA TRAINABLE_TOKENS SHIRA C3A ROAD WAVEFT
-    OSF DELORA GRALORA MISS ADAMSS BEFT CARTRIDGE FROD GLORA HIRA LILY PEANUT PSOFT PVERA SHADOW SUPERTUNING
-    TINYLORA UNILORA DEFT""".split()
+    (
+        *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "LORA", "ADALORA", "BOFT"),
+        *("ADAPTION_PROMPT", "IA3", "LOHA", "LOKR", "OFT", "POLY", "LN_TUNING", "VERA", "FOURIERFT", "XLORA"),
+        *("HRA", "VBLORA", "CPT", "RANDLORA", "TRAINABLE_TOKENS", "SHIRA", "C3A", "ROAD", "WAVEFT", "OSF"),
+        *("DELORA", "GRALORA", "MISS", "ADAMSS", "BEFT", "CARTRIDGE", "FROD", "GLORA", "HIRA", "LILY"),
+        *("PEANUT", "PSOFT", "PVERA", "SHADOW", "SUPERTUNING", "TINYLORA", "UNILORA", "DEFT"),
+    )
 )
 """peft's own types: importing peft to ask it would import torch into the scheduler."""
 
@@ -438,7 +441,8 @@ def _loading(carrier: Carrier, task: Task, base: str, labels: int) -> list[str]:
         f'model = {name}.from_pretrained("{source}"{head})',
     ]
     if carrier in ("peft", "registered"):
-        lines = ["from peft import PeftModel", *lines, 'model = PeftModel.from_pretrained(model, "this/folder")']
+        load = 'model = PeftModel.from_pretrained(model, "this/folder")'
+        lines = ["from peft import PeftModel", *lines, load]
     if carrier == "registered":
         lines = ["import peft_service.tuners  # registers the type with peft", *lines]
     if carrier in ("delta", "composite"):

@@ -54,7 +54,9 @@ def load_base(directory: Path, task: Task, labels: tuple[str, ...] = (), **optio
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
     auto = getattr(transformers, AUTO_CLASSES[task])
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    )
     made_as = auto._model_mapping.get(type(config), None)
     if made_as is not None and made_as.base_model_prefix == "transformer" and config.model_type != "gpt2":
         # Of some decoders the question answering class has its body under another name than the checkpoint,
@@ -119,10 +121,6 @@ def load(base: Any, directory: Path) -> Any:
 
         import peft_service.tuners  # noqa: F401 - registers our types
 
-        if json.loads((directory / "adapter_config.json").read_text())["peft_type"] == "XLORA":
-            from peft_service.tuners.xlora import load_router
-
-            return load_router(base, directory).eval()
         if json.loads((directory / "adapter_config.json").read_text())["peft_type"] == "XLORA":
             from peft_service.tuners.xlora import load_router
 

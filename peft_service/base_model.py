@@ -44,7 +44,9 @@ _BLOCKS = 256
 _DTYPE_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OUTPUT_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)$")
-_NOT_LINEAR = re.compile(r"embed|(^|\.)(wte|wpe|wse)$|norm|\.experts\.|rotary|relative_attention_bias|\.gate$")
+_NOT_LINEAR = re.compile(
+    r"embed|(^|\.)(wte|wpe|wse)$|norm|\.experts\.|rotary|relative_attention_bias|\.gate$"
+)
 _IN_BLOCK = re.compile(r"\.\d+\.")
 """Layers of a transformer are numbered; pooler, heads and projections around them are not."""
 _MODEL_HEAD = re.compile(r"^(lm_head|embed_out|output_layer|cls|generator_lm_head|generator_predictions)\.")

@@ -3,9 +3,9 @@
 It uses plain `transformers` and `peft`, and our tuners where the artifact is of a type of ours: nothing that
 the trainer patched is in this process. Shape suffixes: B rows, T tokens, V vocabulary.
 
-The probe is a directory written by the trainer: `probe.safetensors` (`input.<name>`: what the forward pass got;
-`output.<name>`: what the live model answered), `rows.jsonl` (rows of the training file) and `rows.safetensors` (what they were tokenised
-to).
+The probe is a directory written by the trainer: `probe.safetensors` (`input.<name>`: what the forward pass
+got; `output.<name>`: what the live model answered), `rows.jsonl` (rows of the training file) and
+`rows.safetensors` (what they were tokenised to).
 """
 
 import json

@@ -447,7 +447,7 @@ def _downloaded(store: Store, key: str, path: Path, kind: "type[Tokenised]") -> 
 
 
 def collate_of(case: Case, model: Any) -> dict[str, Any]:
-    """How rows of this case are put together for this model: the further arguments of `batches.microbatches`."""
+    """How rows of this case are put together for this model: further arguments of `batches.microbatches`."""
     start = model.config.decoder_start_token_id if case.task == "seq2seq_lm" else 0
     decoder = not model.config.is_encoder_decoder and case.task == "sequence_classification"
     return {

@@ -36,9 +36,7 @@ class TokenClassification(Format):
                 yield wrong_type(f"tags[{index}]", "a tag: a string or a whole number", tag)
 
     def messages_or_text(self, row: dict[str, Any]) -> Example:
-        return Example(
-            words=tuple(row["tokens"]), tags=tuple(map(str, row["tags"])), task=row.get("task")
-        )
+        return Example(words=tuple(row["tokens"]), tags=tuple(map(str, row["tags"])), task=row.get("task"))
 
     def labels(self, row: dict[str, Any]) -> Iterable[str]:
         return map(str, row["tags"])

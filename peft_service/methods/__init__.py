@@ -180,9 +180,7 @@ def admit(method: Method, shape: "ModelShape", case: Case) -> None:
 
     def refuse(limit: str, seen: str, param: str) -> None:
         why = can.why.get(limit, "it is not defined there")
-        raise InvalidRequest(
-            f"{kind} does not work {seen}: {why}", code="method_not_applicable", param=param
-        )
+        raise InvalidRequest(f"{kind} does not work {seen}: {why}", code="method_not_applicable", param=param)
 
     if shape.architecture not in can.architectures:
         words = shape.architecture.replace("_", "-")

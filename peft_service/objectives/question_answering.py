@@ -1,4 +1,4 @@
-"""Extractive question answering: cross-entropy of the answer's first and last token among the row's tokens."""
+"""Extractive question answering: cross-entropy of an answer's first and last token among those of the row."""
 
 from typing import Any, ClassVar, Literal
 

@@ -209,9 +209,11 @@ def test_an_operation_on_adapters_survives_a_crash_and_keeps_its_lineage(world: 
         assert catalog.lineage(adapter)["operation"]["weights"] == [1.0]
         conn.execute(adapters.delete())
         assert catalog.rebuild(conn, world.store, PROJECT) == (1, [])
-    assert adapter.location.startswith(f"{PROJECT}/adapters/") and adapter.method == "lora"
+    assert adapter.location.startswith(f"{PROJECT}/adapters/")
+    assert adapter.method == "lora"
     card = world.store.get(f"{adapter.location}/README.md").decode()
-    assert "adapter_1" in card and "weights" in card
+    assert "adapter_1" in card
+    assert "weights" in card
 
 
 # ------------------------------------------------------------------------------------------- failures
