@@ -398,8 +398,8 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
         named = methods.names().get(methods.spelled(kind))
         if named is None and (operation := operation_named(kind)):
             raise InvalidRequest(
-                f"adapter.{key}: {kind} is an operation on adapters that exist: POST /v1/adapters/operations with "
-                f'{{"operation": {{"kind": "{operation}"}}, "adapters": [...]}}, or peft-service operate '
+                f"adapter.{key}: {kind} is an operation on existing adapters: POST /v1/adapters/operations "
+                f'with {{"operation": {{"kind": "{operation}"}}, "adapters": [...]}}, or peft-service operate '
                 f"{operation}",
                 code="method_not_supported",
                 param=f"adapter.{key}",

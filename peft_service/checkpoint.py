@@ -2,8 +2,8 @@
 
 `<run>/checkpoints/step-00000010/` holds `state.safetensors` (Engine.state: full-size float32 parameters
 and Adam moments by parameter name, and what the method keeps besides), `state.json` (step, tokens, metrics),
-`adapter/` (the same weights as an artifact) and, written last, `manifest.json` with the sha256 of each: without
-one that holds, it is not there.
+`adapter/` (the same weights as an artifact) and, written last, `manifest.json` with the sha256 of each:
+without one that holds, it is not there.
 There is no generator state: the loop seeds every step from (seed, step, rank).
 """
 

@@ -1,4 +1,4 @@
-"""Which modules of a loaded model a method means: the linear layers of its blocks, by suffix where possible."""
+"""Which modules of a loaded model a method means: linear layers of its blocks, by suffix where possible."""
 
 import re
 from typing import Any

@@ -85,7 +85,7 @@ class LoRA(LowRank, Method):
         "{nf4[bytes_per_weight]:.3f} bytes, so 65 billion of them are {nf4[gib_of_65e9]:.1f} GiB before the "
         "first activation. The paper's own figure is 48 GB for 65B, and 24 GB for 33B.",
         "“To switch tasks, subtract B A from the weights and add B' A'.” In bf16 the weights do not come "
-        "back: after one round trip between two updates of 1 % of the weight's norm, what is left of the first is "
+        "back: after one round trip between two updates of 1 % of the weight's norm, what is left of it is "
         "off by {switching[bf16_update_0.01_after_1_of_update]:.1%} of itself (float32: "
         "{switching[fp32_update_0.01_after_1_of_update]:.0e}); with updates of 10 %, by "
         "{switching[bf16_update_0.1_after_100_of_update]:.1%} after 100. Keep adapters beside the base: "

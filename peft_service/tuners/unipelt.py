@@ -76,9 +76,16 @@ class RealTokens:
         for handle in self.handles:
             handle.remove()
 
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = side_cache.arguments(module, args, kwargs).get("attention_mask")
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        called = side_cache.arguments(module, args, kwargs)
+        mask, ids = called.get("attention_mask"), called.get("input_ids")
         self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if self.mask is None or ids is None or ids.shape != self.mask.shape or bool(self.mask[:, 0].all()):
+            return None
+        if called.get("position_ids") is not None:
+            return None
+        # Padding on the left: a prefix has no position, so its distance to a token would grow with the padding.
+        return args, {**kwargs, "position_ids": (self.mask.long().cumsum(-1) - 1).clamp(min=0)}
 
     def of(self, x_BTD: Tensor) -> Tensor | None:
         """(B, T), True where there is a token; None: everywhere."""
@@ -149,7 +156,8 @@ class GatedPrefix(nn.Module):
         gate = self.gate(z, real)[..., None]
 
         def shaped(x: Tensor) -> Tensor:
-            return gate * x.view(len(x), self.heads, -1).transpose(0, 1)[None]
+            made: Tensor = gate * x.view(len(x), self.heads, -1).transpose(0, 1)[None]
+            return made
 
         return shaped(self.keys), shaped(self.values)
 

@@ -92,7 +92,12 @@ def test_gates_are_between_0_and_1_one_a_row_and_place(root):
 
 
 @pytest.mark.parametrize(
-    ("base", "task"), [("bert", "sequence_classification"), ("llama", "token_classification")]
+    ("base", "task"),
+    [
+        ("bert", "sequence_classification"),
+        ("llama", "token_classification"),
+        ("llama", "sequence_classification"),
+    ],
 )
 def test_a_row_is_answered_the_same_whatever_it_is_padded_to(root, base, task):
     live = Live(Trial(UniPELT(**UniPELT.small), base, task), root, rate=0.01)
