@@ -399,8 +399,8 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
         if named is None and (operation := operation_named(kind)):
             raise InvalidRequest(
                 f"adapter.{key}: {kind} is an operation on existing adapters: POST /v1/adapters/operations "
-                f'with {{"operation": {{"kind": "{operation}"}}, "adapters": [...]}}, or peft-service operate '
-                f"{operation}",
+                f'with {{"operation": {{"kind": "{operation}"}}, "adapters": [...]}}, or peft-service '
+                f"operate {operation}",
                 code="method_not_supported",
                 param=f"adapter.{key}",
             )

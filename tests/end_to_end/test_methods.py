@@ -20,14 +20,15 @@ from tests.methods import bases, checks
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(5400)]
 
-KINDS = [kind_of(variant) for variant in METHODS]
+VARIANTS: dict[str, Any] = {kind_of(variant): variant for variant in METHODS}
+KINDS = list(VARIANTS)
 SERVED = {"lora", "lora_plus", "lora_fa", "dylora", "delta_lora", "lora_drop", "lorahub"}
 """Methods whose artifact is what vLLM, Ray Serve LLM and LoRAX call an adapter."""
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(service, kind -> (request, job id)): all are submitted at once, in the order of their sources."""
+    """(service, name -> (request, job id)): all are submitted at once, then those that need sources."""
     root = tmp_path_factory.mktemp("methods")
     with service(root / "service") as live:
         submitted: dict[str, tuple[dict[str, Any], str]] = {}
@@ -41,27 +42,20 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 files[task, tasks] = live.client.upload(Path(place)).id
             return files[task, tasks]
 
-        def submit(kind: str, name: str) -> str:
-            variant = next(variant for variant in METHODS if kind_of(variant) == kind)
+        trials = {trial.method.kind: trial for trial in reversed(checks.trials(root / "bases"))}
+
+        def submit(kind: str, name: str, references: tuple[str, ...] = ()) -> str:
+            variant, trial = VARIANTS[kind], trials[kind]
             adapter = {"kind": kind, **{key: _plain(value) for key, value in variant.small.items()}}
-            trial = next(trial for trial in checks.trials(root / "bases") if trial.method.kind == kind)
-            if variant.sources_of:
-                count = len(adapter["sources"])
-                references = []
-                for number in range(count):
-                    source = f"source-{variant.sources_of[0].replace('_', '-')}-{number}"
-                    if source not in submitted:
-                        submit(variant.sources_of[0], source)
-                        live.succeeded(submitted[source][1])
-                    references.append(f"{source}@1")
-                adapter["sources"] = references
+            if references:
+                adapter["sources"] = [f"{reference}@1" for reference in references]
             body: dict[str, Any] = {
                 "training_file": file_of(trial.task, variant.needs_tasks),
                 "name": name,
                 "adapter": adapter,
                 "training": {"n_epochs": 50, "max_steps": 4, "batch_size": 4, "max_seq_len": 64},
             }
-            if bases.ARCHITECTURES[trial.base] == "decoder" and trial.base == "llama":
+            if trial.base == "llama":
                 body["model"] = SHIPPED_ID
             else:
                 body["model"] = f"tiny/{trial.base}"
@@ -70,8 +64,25 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
             submitted[name] = (body, job.id)
             return job.id
 
+        needing = {kind: VARIANTS[kind].sources_of[0] for kind in KINDS if VARIANTS[kind].sources_of}
+        most = {
+            source: max(len(VARIANTS[kind].small["sources"]) for kind, of in needing.items() if of == source)
+            for source in needing.values()
+        }
+        named = {
+            source: [f"source-{source}-{n}".replace("_", "-") for n in range(most[source])] for source in most
+        }
+        for source, names in named.items():
+            for name in names:
+                submit(source, name)
         for kind in KINDS:
-            submit(kind, kind.replace("_", "-"))
+            if kind not in needing:
+                submit(kind, kind.replace("_", "-"))
+        for names in named.values():
+            for name in names:
+                live.succeeded(submitted[name][1])
+        for kind, source in needing.items():
+            submit(kind, kind.replace("_", "-"), tuple(named[source][: len(VARIANTS[kind].small["sources"])]))
         yield live, submitted
 
 
