@@ -84,7 +84,7 @@ class RealTokens:
             return None
         if called.get("position_ids") is not None:
             return None
-        # Padding on the left: a prefix has no position, so its distance to a token would grow with the padding.
+        # Padding on the left: a prefix has no position, and its distance would grow with the padding.
         return args, {**kwargs, "position_ids": (self.mask.long().cumsum(-1) - 1).clamp(min=0)}
 
     def of(self, x_BTD: Tensor) -> Tensor | None:
