@@ -474,6 +474,15 @@ class PeftNative(Method):
                     f"{shape.vocab - 1}; it is {settings['token_indices']}.",
                     param="adapter.config",
                 )
+        if (wanted := settings.get("n_frequency")) is not None:
+            layers = adapted(shape.for_task(case.task), self.targets)
+            name, d_out, d_in = min(layers, key=lambda layer: layer[1] * layer[2])
+            if wanted > d_out * d_in:
+                raise InvalidRequest(
+                    f"{self.type}: {name} has {d_out} x {d_in} = {d_out * d_in} frequencies, fewer than "
+                    f"config.n_frequency {wanted}; choose at most so many, or other targets.",
+                    param="adapter.config",
+                )
         divisors = told.divides(settings)
         for name, d_out, d_in in adapted(shape.for_task(case.task), self.targets) if divisors else ():
             for side, width in (("in", d_in), ("out", d_out)):
