@@ -19,6 +19,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -203,9 +205,15 @@ class ZeroEngine:
                     for key in MOMENTS:
                         self._optimizer().state[parameter][key].copy_(state[f"{key}.{name}"])
                 continue
-            safe_set_full_fp32_param(parameter, state[f"param.{name}"].to(self.device))
-            if self.updates:
-                for key in MOMENTS:
+            if self.stage == 3:
+                # safe_set_full_… fails where a size is no multiple of the number of ranks.
+                safe_set_local_fp32_param(parameter, self._share(state[f"param.{name}"]))
+            else:
+                safe_set_full_fp32_param(parameter, state[f"param.{name}"].to(self.device))
+            for key in MOMENTS if self.updates else ():
+                if self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, self._share(state[f"{key}.{name}"]), key)
+                else:
                     safe_set_full_optimizer_state(parameter, state[f"{key}.{name}"].to(self.device), key)
 
     def trainable(self) -> dict[str, Tensor]:
@@ -215,6 +223,12 @@ class ZeroEngine:
     def close(self) -> None:
         """Give the memory and hooks back, so that another engine can be built in this process."""
         self.engine.destroy()
+
+    def _share(self, full: Tensor) -> Tensor:
+        """This rank's part of a tensor under stage 3; the last ranks' are filled up with zeros."""
+        size = -(-full.numel() // self.world)
+        flat = nn.functional.pad(full.flatten(), (0, size * self.world - full.numel()))
+        return flat.narrow(0, size * self.rank, size).to(self.device)
 
     def _reduce(self) -> None:
         """Complete the gradients, as DeepSpeed's `step` otherwise does at its beginning: before that they are

@@ -49,7 +49,7 @@ class AdapterFusion(Bottlenecks, Method):
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"fusion": {}}
     sources_of: ClassVar[tuple[str, ...]] = ("adapter",)
-    small: ClassVar[dict[str, Any]] = {"sources": ("one", "two"), "size": 8}
+    small: ClassVar[dict[str, Any]] = {"sources": ("one", "two"), "size": 8, "regularisation": 1e-6}
     can: ClassVar[Capabilities] = Capabilities(
         carrier="registered",
         starts_as_base=False,

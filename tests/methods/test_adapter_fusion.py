@@ -38,7 +38,7 @@ def test_attention_sums_to_one(root):
 
 
 def test_the_penalty_and_its_gradient(root):
-    live = Live(Trial(AdapterFusion(**SMALL, regularisation=0.5), "llama", "causal_lm"), root)
+    live = Live(Trial(AdapterFusion(**SMALL | {"regularisation": 0.5}), "llama", "causal_lm"), root)
     matrices = [p for n, p in live.engine.parameters.items() if n.endswith("value.weight")]
     with torch.no_grad():
         for matrix in matrices:
