@@ -48,7 +48,8 @@ class Attempt(Method):
     )
     limits: ClassVar[str] = (
         "Sources have the same number of virtual tokens. The mix is of a row's prompt and not of its "
-        "answer: rows without a prompt all get the same. An encoder's class is then read from the first virtual token."
+        "answer: rows without a prompt all get the same. An encoder's class is then read from "
+        "the first virtual token."
     )
     sources_of: ClassVar[tuple[str, ...]] = ("prompt_tuning", "spot")
     small: ClassVar[dict[str, Any]] = {"virtual_tokens": 5, "size": 8, "sources": ("one@1", "two@1")}

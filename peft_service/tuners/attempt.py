@@ -93,7 +93,8 @@ class Mixture(nn.Module):
         query_Bd = self.norm(self.up(nn.functional.silu(self.down(most_Bd))))
         wide = torch.promote_types(query_Bd.dtype, torch.float32)
         keys_Sd = self.all_prompts().amax(1).to(wide)
-        return (query_Bd.to(wide) @ keys_Sd.T / self.temperature).softmax(-1)
+        a_BS: Tensor = (query_Bd.to(wide) @ keys_Sd.T / self.temperature).softmax(-1)
+        return a_BS
 
     def forward(self, words_BTd: Tensor, pooled_BT: Tensor) -> Tensor:
         """P_row, (B, P, d)."""
