@@ -142,7 +142,7 @@ def publish(
         if digest_in(store, f"{staged_prefix}/{file.path}") != file.sha256:
             raise GateFailed(f"{staged_prefix}/{file.path} is not the file that the gate checked")
         store.copy(f"{staged_prefix}/{file.path}", f"{target_prefix}/{file.path}")
-    compatibility = compatibility_of(config, spec.method)
+    compatibility = compatibility_of(config, spec.method, _task_of(spec))
     if store.url.startswith("file:") and compatibility["ray_serve_llm"]["ok"]:
         compatibility["ray_serve_llm"] |= {
             "ok": False,
@@ -235,7 +235,9 @@ def _unservable(config: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def compatibility_of(config: Mapping[str, Any] | None, method: Method) -> dict[str, dict[str, Any]]:
+def compatibility_of(
+    config: Mapping[str, Any] | None, method: Method, task: Task = "causal_lm"
+) -> dict[str, dict[str, Any]]:
     """Which servers can load an adapter with this adapter_config.json, and why not the others.
 
     vLLM 0.15: LoRA only, no DoRA, no bias, no extra trained modules, a rank up to its --max-lora-rank.
@@ -246,7 +248,11 @@ def compatibility_of(config: Mapping[str, Any] | None, method: Method) -> dict[s
             "delta": "it is a delta: changed weights of the base, put on by peft_service.artifact.load",
             "model": "it is a whole model, to be served as one, without a base",
         }.get(method.can.carrier, "it has several parts, put together by peft_service.artifact.load")
-        return {server: {"ok": False, "reason": what, "needs": {}} for server in SERVERS}
+        said = {server: {"ok": False, "reason": what, "needs": {}} for server in SERVERS}
+        if method.can.carrier == "model" and task == "causal_lm":
+            own = "as a model of its own, not as an adapter of its base"
+            said |= {server: {"ok": True, "reason": own, "needs": {}} for server in ("vllm", "ray_serve_llm")}
+        return said
     reasons = _unservable(config)
     rank = config.get("r")
     fitting = [limit for limit in VLLM_RANKS if rank is not None and rank <= limit]

@@ -41,7 +41,7 @@ class Full(Method):
         mergeable=False,
         hot_switch=False,
         carrier="model",
-        servers=("vllm",),
+        servers=("vllm", "ray_serve_llm"),
         why={
             "nf4": NO_NF4,
             "mergeable": "the artifact is the whole model already, nothing is left to merge it into",

@@ -74,7 +74,7 @@ class LoRAPrune(Method):
         mergeable=False,
         hot_switch=False,
         carrier="model",
-        servers=("vllm",),
+        servers=("vllm", "ray_serve_llm"),
         why={
             "architectures": f"its groups are those of the decoders {', '.join(MODEL_TYPES)}. LoRA works on "
             "every architecture, without making the model smaller",
