@@ -142,7 +142,8 @@ def publish(
         if digest_in(store, f"{staged_prefix}/{file.path}") != file.sha256:
             raise GateFailed(f"{staged_prefix}/{file.path} is not the file that the gate checked")
         store.copy(f"{staged_prefix}/{file.path}", f"{target_prefix}/{file.path}")
-    compatibility = compatibility_of(config, spec.method, _task_of(spec))
+    task = _task_of(spec) if isinstance(spec, FineTuneSpec) else "causal_lm"
+    compatibility = compatibility_of(config, spec.method, task)
     if store.url.startswith("file:") and compatibility["ray_serve_llm"]["ok"]:
         compatibility["ray_serve_llm"] |= {
             "ok": False,
