@@ -109,7 +109,7 @@ def test_a_job_of_every_method_ends_with_a_proven_artifact(kind: str, ran: Any, 
     for server, told in said.items():
         assert told["ok"] or len(told["reason"]) > 10, (server, told)
     assert said["vllm"]["ok"] == (kind in SERVED or kind in ("full", "loraprune")), said["vllm"]
-    assert ("/adapters/" in job.adapter["url"]) == (kind in SERVED)
+    assert ("/adapters/" in details.url) == (kind in SERVED)
     assert body["adapter"]["kind"] == kind
 
 

@@ -1,6 +1,7 @@
 """Tiny random bases of every architecture on disk, with tokenizers, and rows of every task for them."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -152,7 +153,8 @@ def labels_of(task: str, tasks: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 @cache
 def _tokenised(kind: str, task: str, count: int, tasks: tuple[str, ...], directory: str):
-    path = Path(directory) / f"rows-{kind}-{task}-{count}-{len(tasks)}.jsonl"
+    # Of each process its own: two ranks come here at once.
+    path = Path(directory) / f"rows-{kind}-{task}-{count}-{len(tasks)}-{os.getpid()}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(task, count, tasks)))
     meaning = Meaning(task, labels_of(task, tasks), tasks)
     return tokenise(path, format_of_task(task), tokenizer(kind), 64, "error", meaning)
