@@ -31,7 +31,7 @@ class AdapterFusion(Bottlenecks, Method):
     regularisation: float = Field(0.01, ge=0, le=10)
     """λ."""
 
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 1e-3
     title: ClassVar[str] = "AdapterFusion"
     family: ClassVar[str] = "multi-task"
     paper: ClassVar[str] = "https://arxiv.org/abs/2005.00247"

@@ -46,7 +46,7 @@ class TinyAttention(Method):
         "eager."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"tiny_attention_adapter": {}}
-    small: ClassVar[dict[str, Any]] = {"size": 4, "heads": 2, "experts": 2}
+    small: ClassVar[dict[str, Any]] = {"size": 16, "heads": 2, "experts": 2}
     can: ClassVar[Capabilities] = Capabilities(
         carrier="registered",
         mergeable=False,
