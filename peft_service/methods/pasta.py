@@ -46,7 +46,10 @@ class Pasta(Method):
         "a first token, or chat rows: only tokens behind a special one see it."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"parameter_efficient_special_tokens": {}}
-    small: ClassVar[dict[str, Any]] = {"vectors": 16, "tokens": ("<|begin|>", "<|end|>", ":", *"abdefhilnorstuvyĠ")}
+    small: ClassVar[dict[str, Any]] = {
+        "vectors": 16,
+        "tokens": ("<|begin|>", "<|end|>", ":", *"abdefhilnorstuvyĠ"),
+    }
     can: ClassVar[Capabilities] = Capabilities(
         carrier="registered",
         mergeable=False,
