@@ -3,6 +3,7 @@
 INIT    the first forward pass gives what the base gives, where `can.starts_as_base`
 COUNT   exactly `methods.trainable` parameters train, exactly `methods.stored` values are in the artifact
 FROZEN  everything else is bit-identical after training
+PADDING a row's answers do not depend on the rows beside it
 LOAD    the artifact on a fresh base gives the trained model's logits
 RESUME  stop + resume = uninterrupted, bit for bit
 MERGE   merged = unmerged in float32, where `can.mergeable`
@@ -166,10 +167,14 @@ class Live:
 
     def answers(self) -> dict[str, torch.Tensor]:
         """What the live model says to the probe."""
+        return self.said_of(self.probe)
+
+    def said_of(self, batch) -> dict[str, torch.Tensor]:
+        """What the live model says to a batch."""
         self.engine.model.eval()
-        self.probe.extra = self.attached.inputs(self.probe)
+        batch.extra = self.attached.inputs(batch)
         with torch.no_grad():
-            said = _answers(self.engine.model, self.probe)
+            said = _answers(self.engine.model, batch)
         self.engine.model.train()
         return said
 
@@ -312,6 +317,19 @@ def check_all(trial: Trial, root: Path, directory: Path) -> dict[str, str]:
         f"COUNT: {values} values in the file, the formula says {stored}"
     )
     found["COUNT"] = f"{count} train, {values} stored"
+
+    worst = 0.0
+    for row in range(3):
+        alone = live.batch([row])
+        mask, width = live.probe.mask_BT[row].bool(), alone.tokens_BT.shape[1]
+        for name, tensor in live.said_of(alone).items():
+            among = said[name][row]
+            by_token = _by_token(name, tensor, alone) and among.shape[0] == mask.shape[0]
+            mine = tensor[0][-width:] if by_token else tensor[0]
+            beside = among[mask] if by_token else among[: mine.shape[0]]
+            worst = max(worst, float((beside - mine).abs().max()))
+    assert worst <= TOLERANCE * 5, f"PADDING: a row alone and among longer ones differ by {worst:.1e}"
+    found["PADDING"] = f"{worst:.0e}"
 
     model, again = load(live, directory)
     worst = difference(again, said, live.probe)

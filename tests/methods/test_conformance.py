@@ -51,7 +51,7 @@ def test_it_holds_what_every_method_must(trial, artifacts, tmp_path_factory):
     directory = tmp_path_factory.mktemp("artifact") / trial.id
     found = checks.check_all(trial, ROOT, directory)
     artifacts[trial.id] = (trial, directory)
-    assert set(found) == {"INIT", "COUNT", "FROZEN", "LOAD", "MERGE", "RESUME"}, found
+    assert set(found) == {"INIT", "COUNT", "FROZEN", "PADDING", "LOAD", "MERGE", "RESUME"}, found
 
 
 def test_every_artifact_loads_in_a_fresh_process(artifacts, tmp_path):
