@@ -130,7 +130,9 @@ def test_every_method_is_described(http: httpx.Client) -> None:
     assert [each["kind"] for each in listed] == sorted(kind_of(method) for method in METHODS)
     for each in listed:
         assert http.get(f"/methods/{each['kind']}").json() == each
-        assert each["schema"]["properties"].keys() == each["defaults"].keys()
+        required = set(each["schema"].get("required", ()))
+        assert each["schema"]["properties"].keys() - required == each["defaults"].keys()
+        assert required <= {"kind", "sources", "parts", "type", "template"}
         assert each["learning_rate"] > 0
         assert each["summary"]
 
