@@ -65,7 +65,7 @@ def main() -> int:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     asked = [
         (name, method, task)
-        for task in data
+        for task in reversed(data)  # the quicker one first
         for name, method in _methods()
         if (not options.only or name in options.only)
         and (f"{task}/{name}" not in found or name in options.again)

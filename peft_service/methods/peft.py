@@ -125,12 +125,6 @@ def _vblora(linears: Linears, c: Settings) -> int:
     return int(logits + vectors * length)
 
 
-def _lily(linears: Linears, c: Settings) -> int:
-    shared = {(name.rpartition(".")[2], o, i): o for name, o, i in linears}
-    own = sum(c["r"] * (i + c["num_B"]) for _, _, i in linears)
-    return int(own + sum(c["num_B"] * c["r"] * o for o in shared.values()))
-
-
 def _square(key: str) -> Callable[[Settings], Mapping[str, int]]:
     return lambda c: {"in": c[key], "out": c[key]}
 
@@ -249,10 +243,6 @@ ADMITTED: dict[str, Admitted] = {
         "https://arxiv.org/abs/2504.07097", 5e-5, {"effective_rank": None},
         _each(lambda o, i, c: (min(o, i) - (c["effective_rank"] or min(o, i) // 2)) * (o + i + 1)), nf4=False,
     ),
-    "LILY": Admitted(
-        "https://arxiv.org/abs/2407.09946", 5e-4, {"r": 32, "num_B": 2, "scaling": 1.0},
-        _lily, mergeable=False, kept_more=True,
-    ),
     "PEANUT": Admitted(
         "https://arxiv.org/abs/2410.01870", 5e-4, {"r": 32, "act_fn": "relu", "scaling": 1.0},
         _each(lambda o, i, c: 2 * c["r"] * o), nf4=False,
@@ -277,7 +267,6 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
     "TINYLORA": ("weight_tying",),
     "MISS": ("mini_r",),
     "GRALORA": ("hybrid_r",),
-    "LILY": ("stride_A",),
     "PEANUT": ("depth",),
     "SUPERTUNING": ("r", "lora_alpha", "lora_dropout", "save_precomputed_indices"),
 }
@@ -285,6 +274,8 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
 (peft sets BOFT's factors to 1 where it finds no compiler for CUDA)."""
 
 REFUSED: dict[str, str] = {
+    "LILY": "its router averages over all tokens of a batch, padding too, so that what a row says depends on "
+    "the rows beside it (by 4e-4 on a tiny base); poly mixes LoRAs by task, xlora by token",
     "GLORA": "what trains depends on the biases of the layers and its file holds values that nothing "
     "trains, so that "
     "no count can be promised; LOHA and LoRA change the same layers",

@@ -31,7 +31,6 @@ SMALL = {
     "HIRA": {"r": 4},
     "GRALORA": {"r": 4, "alpha": 8},
     "DELORA": {"r": 4},
-    "LILY": {"r": 4},
     "PEANUT": {"r": 4},
     "DEFT": {"r": 4},
     "SUPERTUNING": {"sparsity": 0.9},
@@ -44,7 +43,6 @@ OTHER = {
     "PSOFT": {"r": 6, "psoft_mag_a": False},
     "RANDLORA": {"r": 5},
     "OSF": {"effective_rank": 10},
-    "LILY": {"r": 3, "num_B": 3},
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4},
 }
 """Settings that change the count in another way."""
