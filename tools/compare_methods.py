@@ -118,10 +118,8 @@ def _child(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", p
             os.dup2(log.fileno(), 2)
         told = _run(method, task, base, data, place)
     except Exception as error:
-        told = {
-            "error": f"{type(error).__name__}: {error}"[:400],
-            "traceback": traceback.format_exc()[-1500:],
-        }
+        sys.stderr.write(traceback.format_exc())
+        told = {"error": f"{type(error).__name__}: {error}"[:400]}
     out.write_text(json.dumps(told))
     return 0
 
