@@ -6,6 +6,7 @@ only Ray and the gate's own process are left out, which `tests/end_to_end/test_m
 
 import json
 import time
+import zlib
 
 import pytest
 
@@ -86,7 +87,7 @@ def run(store, tmp_path, published, trial, adapter_request, sources, name, **tra
     spec = resolve(wanted, file, None, known, shape, sources).spec
     plan = make_plan(spec, shape, CAPACITY)
     assert plan.trainable_parameters >= 0
-    job = f"ftjob-{abs(hash(name)):012x}"
+    job = f"ftjob-{zlib.crc32(name.encode()):012x}"
     given = RunInput(job=job, attempt=1, project="p", spec=spec, plan=plan.model_dump(mode="json"))
     outcome = run_locally(given, store, tmp_path / "run")
     assert outcome.state == "succeeded", outcome.error
