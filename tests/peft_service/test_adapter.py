@@ -210,3 +210,9 @@ def test_a_gate_that_was_killed_says_nothing_of_the_adapter(staged, base, tmp_pa
     monkeypatch.setattr(sys, "executable", str(killer))
     with pytest.raises(RuntimeError, match="signal 9"):
         gate.prove(staged[0], base, tmp_path, run.spec, Case(), precision="fp32", stored=1)
+
+
+def test_the_types_called_peft_s_own_are_those_of_the_installed_peft():
+    code = "from peft import PeftType; print(*[kind.value for kind in PeftType])"  # without ours
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert set(told.split()) == adapter._PEFT_TYPES
