@@ -147,7 +147,7 @@ def moved(engine: Engine, base: Path, scenario: Scenario) -> list[str]:
     """Frozen tensors that are not bit for bit those of a base loaded anew."""
     import deepspeed
 
-    fresh = dict(attached(base, scenario).named_parameters())
+    fresh = dict(attached(base, scenario).model.named_parameters())
     changed = []
     for name, parameter in engine.model.module.named_parameters():
         if not parameter.requires_grad:
