@@ -139,7 +139,7 @@ def _spec_of(caller: Caller, body: CreateOperation) -> tuple[OperationSpec, Any]
             param="adapters",
         )
     try:
-        base = base_models.get(caller.engine, rows[0].base_id)
+        base = base_models.measured(caller.engine, base_models.get(caller.engine, rows[0].base_id))
     except NotFound as error:
         raise InvalidRequest(error.message, code=error.code, param="adapters") from error
     if base.digest != rows[0].base_digest:

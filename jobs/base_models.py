@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import insert, select, update
@@ -95,7 +95,7 @@ def resolve(
                 select(base_models).where(base_models.c.uri == wanted).order_by(base_models.c.seq).limit(1)
             ).one_or_none()
         if row is not None:
-            return BaseRow(**row._mapping)
+            return measured(source, BaseRow(**row._mapping))
         id = id_of(wanted)
         if _find(source, id) is not None:  # the same name elsewhere
             id = f"{id[:100]}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
@@ -113,7 +113,7 @@ def resolve(
             "hf://org/name@revision",
             param="base.revision",
         )
-    return there
+    return measured(source, there)
 
 
 def keep(source: Source, row: BaseRow, *, again: bool = False, move: bool = False) -> BaseRow:
@@ -142,6 +142,25 @@ def keep(source: Source, row: BaseRow, *, again: bool = False, move: bool = Fals
         if there is not None and again:
             conn.execute(update(base_models).where(base_models.c.id == row.id).values(uri=row.uri, **values))
         return get(conn, row.id)
+
+
+def measured(source: Source, row: BaseRow) -> BaseRow:
+    """`row` with everything in its shape that today's methods ask for.
+
+    A base that an earlier release registered was measured for fewer things: it is looked at anew, once. One
+    that cannot be read now, or is another by now, stays as it is: the job will say so.
+    """
+    if row.shape.keys() >= ModelShape.model_fields.keys():
+        return row
+    try:
+        found = _inspected(row.id, row.uri)
+    except UnknownBase:
+        return row
+    if found.digest != row.digest:
+        return row
+    with writing(source) as conn:
+        conn.execute(update(base_models).where(base_models.c.id == row.id).values(shape=found.shape))
+    return replace(row, shape=found.shape)
 
 
 def get(source: Source, id: str) -> BaseRow:

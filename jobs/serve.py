@@ -119,7 +119,7 @@ def scheduler_of(settings: Settings) -> "Scheduler":
 
     def replan(row: JobRow, nodes: Capacity) -> Plan | None:
         spec = spec_of(row.spec)
-        shape = base_models.get(engine, spec.base.id).model_shape
+        shape = base_models.measured(engine, base_models.get(engine, spec.base.id)).model_shape
         if isinstance(spec, OperationSpec):
             return operation_plan(spec, shape, nodes)
         if not row.plan:

@@ -7,8 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import update
 
-from jobs import base_models
+from jobs import base_models, db
 from peft_service.methods import METHODS
 from peft_service.store import FileStore
 from peft_service.variants import kind_of
@@ -216,6 +217,29 @@ def test_a_base_is_registered_once_and_only_the_operator_moves_it(
     moved = base_models.register(service.engine, (), "org/same", second, move=True)
     assert moved.uri == second
     assert http.get("/base_models/org/same").json()["parameters"] == 64 * 8 + 4 * 8 * 8
+
+
+def test_a_base_of_an_earlier_release_is_measured_anew_once(
+    service: Service, http: httpx.Client, tmp_path: Path
+) -> None:
+    uri = write_base(tmp_path / "earlier")
+    assert http.post("/base_models", json={"id": "earlier", "uri": uri}).status_code == 200
+    now = base_models.get(service.engine, "earlier")
+    known = {name: now.shape[name] for name in ("layers", "hidden", "vocab", "linears", "parameters", "bytes",
+                                                "dtype", "tied")}  # fmt: skip
+    assert known != now.shape
+
+    def store(**values: Any) -> None:
+        with service.engine.begin() as conn:
+            conn.execute(update(db.base_models).where(db.base_models.c.id == "earlier").values(**values))
+
+    store(shape=known)
+    for name in ("earlier", uri):
+        assert base_models.resolve(service.engine, (), name).shape == now.shape
+        assert base_models.get(service.engine, "earlier") == now
+        store(shape=known)
+    store(digest="f" * 64)
+    assert base_models.resolve(service.engine, (), "earlier").shape == known, "it is another base now"
 
 
 def test_a_uri_as_model_gets_an_id_of_its_own(
