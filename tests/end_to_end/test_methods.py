@@ -35,21 +35,22 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("methods")
     with service(root / "service") as live:
         submitted: dict[str, tuple[dict[str, Any], str]] = {}
-        files: dict[tuple[str, bool], str] = {}
+        files: dict[tuple[str, bool, bool], str] = {}
 
-        def file_of(task: str, tasks: bool) -> str:
-            if (task, tasks) not in files:
-                if task == "causal_lm":
+        def file_of(task: str, tasks: bool, ours: bool) -> str:
+            """Rows of the demo for the shipped base, a few words for a tiny one."""
+            if (task, tasks, ours) not in files:
+                if ours and task == "causal_lm":
                     rows = demo_data.training_rows()[:120]
                     rows = [
                         {**row, "task": checks.TASKS[n % 2]} if tasks else row for n, row in enumerate(rows)
                     ]
                 else:
                     rows = bases.rows(task, 24, checks.TASKS if tasks else ())
-                place = root / f"{task}-{tasks}.jsonl"
+                place = root / f"{task}-{tasks}-{ours}.jsonl"
                 place.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                files[task, tasks] = live.client.upload(Path(place)).id
-            return files[task, tasks]
+                files[task, tasks, ours] = live.client.upload(Path(place)).id
+            return files[task, tasks, ours]
 
         trials = {trial.method.kind: trial for trial in reversed(checks.trials(root / "bases"))}
 
@@ -65,7 +66,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
             if references:
                 adapter["sources"] = [f"{reference}@1" for reference in references]
             body: dict[str, Any] = {
-                "training_file": file_of(trial.task, variant.needs_tasks),
+                "training_file": file_of(trial.task, variant.needs_tasks, ours),
                 "name": name,
                 "adapter": adapter,
                 "training": {"n_epochs": 50, "max_steps": 4, "batch_size": 4, "max_seq_len": 256},
