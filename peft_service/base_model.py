@@ -288,6 +288,9 @@ def load(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,
+            # All outside the blocks. By itself transformers leaves out a head whose last parameter is a
+            # weight; a new one with a bias it would hold in four bits, whose values no checkpoint has.
+            llm_int8_skip_modules=[rf"(?!.*{_IN_BLOCK.pattern}).*"],
         )
         if str(device) != "cpu":
             options["device_map"] = {"": str(device)}

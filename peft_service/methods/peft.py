@@ -193,7 +193,8 @@ ADMITTED: dict[str, Admitted] = {
     ),
     "C3A": Admitted(
         "https://arxiv.org/abs/2407.19342", 1e-2, {"block_size": 64},
-        _each(lambda o, i, c: o * i // c["block_size"]), starts_as_base=False, divides=_square("block_size"),
+        _each(lambda o, i, c: o * i // c["block_size"]), starts_as_base=False, nf4=False,
+        divides=_square("block_size"),
     ),
     "RANDLORA": Admitted(
         "https://arxiv.org/abs/2502.00987", 1e-3,
@@ -233,7 +234,7 @@ ADMITTED: dict[str, Admitted] = {
     "GRALORA": Admitted(
         "https://arxiv.org/abs/2505.20355", 2e-4,
         {"r": 32, "alpha": 64, "gralora_dropout": 0.0, "gralora_k": 2},
-        _low_rank(), divides=_square("gralora_k"),
+        _low_rank(), nf4=False, divides=_square("gralora_k"),
     ),
     "DELORA": Admitted(
         "https://arxiv.org/abs/2503.18225", 1e-3, {"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
@@ -320,7 +321,8 @@ class _OfType:
         why = {
             "starts_as_base": f"{name} starts from small random values",
             "mergeable": f"peft cannot write {name} into the base's weights",
-            "nf4": f"peft's {name} reads the base's weights, which four bits do not give. Use LoRA there",
+            "nf4": f"peft's {name} reads the base's weights, or writes into what its layers say, and four "
+            "bits allow neither. Use LoRA there",
         }
         return Capabilities(
             nf4=told.nf4,

@@ -131,19 +131,27 @@ class Live:
     """A trial at work in this process."""
 
     def __init__(
-        self, trial: Trial, root: Path, *, steps: int = STEPS, rate: float | None = None, engine=None
+        self,
+        trial: Trial,
+        root: Path,
+        *,
+        steps: int = STEPS,
+        rate: float | None = None,
+        engine=None,
+        quantize: str | None = None,
     ):
         self.trial, self.root = trial, root
         self.directory = directory_of(trial.base, root)
-        self.case = case_of(trial, steps)
+        self.case = case_of(trial, steps).model_copy(update={"quantize": quantize})
         self.data = bases.tokenised(trial.base, trial.task, root, tasks=trial.tasks)
         self.objective = bases.objective_of(trial.task)
         self.training = Training(
             learning_rate=rate or trial.method.rate(), batch_size=ROWS, n_epochs=1000, max_steps=steps
         )
         model = base_model.load(
-            self.directory, precision="fp32", task=trial.task, labels=self.case.labels, seed=self.case.seed
-        )
+            self.directory, precision="fp32", quantize=quantize, task=trial.task, labels=self.case.labels,
+            seed=self.case.seed,
+        )  # fmt: skip
         model.config.pad_token_id = 2
         self.head = {f"{name}." for name in model.new_head}
         self.collate = collate_of(self.case, model)
