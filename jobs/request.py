@@ -45,6 +45,7 @@ ALIASES = {
 }
 """Names that PEFT and others give to the fields of a method."""
 MAX_SEQ_LEN = 2048
+LEAST_SEQ_LEN = 8
 UNSUPPORTED_METHODS = ("dpo", "reinforcement")
 
 
@@ -473,15 +474,26 @@ def resolve(
         reasons["learning_rate"] = (
             f"{kind_of(type(wanted.method))}'s own {rate:g} times {multiplier or 1.0:g}"
         )
-    context = known.context_length
-    if "max_seq_len" not in given:
-        given["max_seq_len"] = min(MAX_SEQ_LEN, context or MAX_SEQ_LEN)
-        reasons["max_seq_len"] = (
-            f"{MAX_SEQ_LEN}, or the base's context of {context or 'unknown'} tokens if that is less"
-        )
-    elif context is not None and given["max_seq_len"] > context and not wanted.method.extends_context:
+    context, taken = known.context_length, wanted.method.positions()
+    room = MAX_SEQ_LEN if context is None else context - taken
+    but = f", of which {kind_of(type(wanted.method))} takes {taken}" if taken else ""
+    if room < LEAST_SEQ_LEN:
         raise InvalidRequest(
-            f"training.max_seq_len is {given['max_seq_len']}, but the context of the base is {context}",
+            f"the context of the base is {context}{but}, which leaves no room for a row: take at most "
+            f"{(context or 0) // 2} virtual tokens",
+            code="invalid_value",
+            param="adapter",
+        )
+    if "max_seq_len" not in given:
+        given["max_seq_len"] = min(MAX_SEQ_LEN, room)
+        reasons["max_seq_len"] = (
+            f"{MAX_SEQ_LEN}, or the base's context of {context or 'unknown'} tokens{but and but + ','} "
+            "if that is less"
+        )
+    elif context is not None and given["max_seq_len"] > room and not wanted.method.extends_context:
+        raise InvalidRequest(
+            f"training.max_seq_len is {given['max_seq_len']}, but the context of the base is {context}{but}: "
+            f"{room} is the most",
             code="invalid_value",
             param="training.max_seq_len",
         )

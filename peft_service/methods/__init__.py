@@ -125,6 +125,10 @@ class Method(Frozen):
         """The default learning rate with these hyperparameters."""
         return type(self).learning_rate
 
+    def positions(self) -> int:
+        """Places of the base's context that it fills beside a row's own tokens."""
+        return int(getattr(self, "virtual_tokens", 0))
+
     def attach(self, model: Any, case: Case, material: Material) -> "Attached":
         """`model` (a transformers PreTrainedModel) with this method's parameters added, in float32.
 

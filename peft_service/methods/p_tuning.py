@@ -62,6 +62,9 @@ class PTuning(Method):
             )
         return value
 
+    def positions(self) -> int:
+        return sum(self._numbers())
+
     def attach(self, model: Any, case: Case, material: Material) -> "Attached":
         import torch
         from peft import TaskType, get_peft_model
@@ -94,10 +97,10 @@ class PTuning(Method):
         d = shape.hidden
         lstm = 2 * (4 * (d // 2) * (d + d // 2 + 2)) * 2  # both layers see d inputs
         encoder = {"none": 0, "mlp": 3 * (d * d + d), "lstm": lstm + 2 * (d * d + d)}[self.encoder]
-        return sum(self._numbers()) * d + encoder
+        return self.positions() * d + encoder
 
     def stored(self, shape: "ModelShape", case: Case) -> int | None:
-        return sum(self._numbers()) * shape.hidden
+        return self.positions() * shape.hidden
 
     def check(self, shape: "ModelShape", case: Case) -> None:
         check_width(shape, self.kind)

@@ -84,6 +84,9 @@ class UniPELT(Method):
             )
         )
 
+    def positions(self) -> int:
+        return 0  # the prefix is inside of attention, where rows count on as if it were not there
+
     def trainable(self, shape: "ModelShape", case: Case) -> int:
         names = set(sites.of_shape(shape).found(sites.QUERY_AND_VALUE))
         lora = sum(self.rank * (i + o) + i + 1 for name, o, i in shape.linears if name in names)

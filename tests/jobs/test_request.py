@@ -108,6 +108,30 @@ def test_rows_are_never_longer_than_the_context() -> None:
         spec(training={"max_seq_len": 4097})
 
 
+@pytest.mark.parametrize(
+    ("adapter", "taken"),
+    [
+        ({"kind": "prompt_tuning", "virtual_tokens": 100}, 100),
+        ({"kind": "p_tuning", "template": "{prompt:30}{text}{prompt:12}"}, 42),
+        ({"kind": "lora"}, 0),
+    ],
+)
+def test_virtual_tokens_take_their_part_of_the_context(adapter: dict[str, Any], taken: int) -> None:
+    known = Known(KNOWN.base, 512)
+    shape = SHAPE.model_copy(update={"vocab": 0})
+    body = {"model": "org/base", "training_file": "file-1", "adapter": adapter}
+    made = resolve(read(body), data_file(10), None, known, shape)
+    assert made.spec.training.max_seq_len == 512 - taken
+    room = {**body, "training": {"max_seq_len": 512 - taken}}
+    assert resolve(read(room), data_file(10), None, known, shape).spec.training.max_seq_len == 512 - taken
+    longer = {**body, "training": {"max_seq_len": 513 - taken}}
+    with pytest.raises(InvalidRequest, match=f"{512 - taken} is the most"):
+        resolve(read(longer), data_file(10), None, known, shape)
+    if taken:
+        with pytest.raises(InvalidRequest, match="no room for a row: take at most 24"):
+            resolve(read(body), data_file(10), None, Known(KNOWN.base, 48), shape)
+
+
 def test_a_method_that_extends_the_context_takes_longer_rows() -> None:
     parts = ("q_proj", "k_proj", "v_proj", "o_proj")
     linears = tuple((f"model.layers.0.self_attn.{part}", 8, 8) for part in parts)
