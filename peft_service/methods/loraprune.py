@@ -2,7 +2,7 @@
 
 Zhang et al. 2023, arXiv:2305.18403. The gradient of a frozen W is estimated from those of A and B, which
 train: ĝ = g_B A + B g_A - g_B g_A. A weight's importance is |ĝ ⊙ (W + s B A)|; a group's is the sum over its
-weights, each module's divided by their norm, averaged over time. Groups are the key-value heads (the rows of
+weights, each module's divided by their norm, averaged over all steps. Groups are the key-value heads (the rows of
 q, k, v and columns of o of all query heads that share one) and the channels (rows of gate and up, columns of
 down). Every `every` steps the least important of each layer are masked, up to
 sparsity (1 - (1 - t)^3) of them; at the end they are cut out of W + s B A.
@@ -38,13 +38,13 @@ class LoRAPrune(Method):
     heads: bool = True
     """Whether heads are pruned; channels always are."""
     every: int = Field(10, ge=1)
-    """Steps from one look at the importance to the next."""
+    """Steps from one pruning to the next."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Part of the steps before anything is pruned."""
     cooldown: float = Field(0.1, ge=0, lt=1)
     """Part of the steps after the last group has gone."""
     memory: float = Field(0.9, ge=0, lt=1)
-    """Of the running mean of importance."""
+    """Of the running mean of importance, which every step adds to."""
 
     learning_rate: ClassVar[float] = 1e-4
     title: ClassVar[str] = "LoRAPrune"
@@ -122,7 +122,7 @@ class LoRAPrune(Method):
         return float(self.sparsity * (1 - left**3))
 
     def looks(self, steps: int) -> frozenset[int]:
-        """The numbers of finished updates at which importance is read and groups are masked."""
+        """The numbers of finished updates at which groups are masked."""
         last = next((done for done in range(1, steps + 1) if self.share(done, steps) == self.sparsity), steps)
         return frozenset({*range(self.every, steps + 1, self.every), last, steps})
 

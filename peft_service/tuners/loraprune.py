@@ -109,15 +109,14 @@ class Pruned(Attached):
 
     def before_update(self, engine: "Engine", step: int) -> None:
         done = step + 1
-        if done not in self.looks:
-            return
         kv_heads, channels = self.keep[min(done, len(self.keep) - 1)]
         with torch.no_grad():
             for block in self.blocks:
                 found = self.scores(engine, block).cpu()
                 mean = self.mean[block.name]
                 self.mean[block.name] = self.memory * mean + (1 - self.memory) * found
-                block.prune(self.mean[block.name], kv_heads if block.attention else channels)
+                if done in self.looks:
+                    block.prune(self.mean[block.name], kv_heads if block.attention else channels)
 
     def scores(self, engine: "Engine", block: Block) -> Tensor:
         """Importance (groups,) of the block's groups in this step, over all of its layers. Collective."""

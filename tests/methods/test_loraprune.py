@@ -87,6 +87,46 @@ def test_scores_of_a_live_model_are_the_formula(root):
         assert torch.allclose(found[block.name], total, rtol=1e-4)
 
 
+def test_the_running_mean_is_of_every_step_not_only_of_those_that_prune(root):
+    live = live_of(root, every=5, memory=0.7)
+    told, scores = {}, live.attached.scores
+
+    def spy(engine, block):
+        found = scores(engine, block)
+        told.setdefault(block.name, []).append(found.clone())
+        return found
+
+    live.attached.scores = spy
+    for number in range(7):
+        live.step(number)
+    for block in live.attached.blocks:
+        assert len(told[block.name]) == 7
+        wanted = sum(0.3 * 0.7 ** (6 - step) * part for step, part in enumerate(told[block.name]))
+        torch.testing.assert_close(live.attached.mean[block.name], wanted)
+
+
+def test_the_estimate_on_a_live_model_is_made_of_the_weights_own_gradient(root):
+    """The base's weights are made to train, and autograd asked: with their gradient G, whole and in float64,
+    ĝ = s (G Aᵀ A + B Bᵀ G) - s² G Aᵀ Bᵀ G."""
+    live = live_of(root)
+    live.step(0)
+    layers = lora_layers(live.attached.model)
+    live.attached.model.double()
+    for layer in layers.values():
+        layer.base_layer.weight.requires_grad_(True)
+    live.objective.loss_sum(live.engine.model, live.batch(range(4)))[0].backward()
+    for name, layer in layers.items():
+        a, b = down(layer).weight, up(layer).weight
+        whole = layer.base_layer.weight.grad
+        with torch.no_grad():
+            torch.testing.assert_close(a.grad, 2.0 * b.T @ whole, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(b.grad, 2.0 * whole @ a.T, rtol=1e-9, atol=1e-12, msg=name)
+            wanted = 2 * (whole @ a.T @ a + b @ b.T @ whole) - 4 * (whole @ a.T) @ (b.T @ whole)
+            found = estimated_gradient(a, b, a.grad, b.grad)
+        assert float(whole.abs().max()) > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_sparsity_is_the_schedule_at_every_step(root):
     live = live_of(root, steps=20)
     method = live.trial.method
