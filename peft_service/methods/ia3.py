@@ -36,7 +36,11 @@ class IA3(Method):
     use_when: ClassVar[str] = "A few examples, many tasks: some kilobytes each, and it merges."
     limits: ClassVar[str] = "Little capacity; not served by vLLM unless merged."
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"infused_adapter": {}}
-    can: ClassVar[Capabilities] = Capabilities(servers=("peft",))
+    can: ClassVar[Capabilities] = Capabilities(
+        servers=("peft",),
+        weight_decay=False,
+        why={"weight_decay": "the scales rest at 1 and decay pulls them to 0, which is no base. Set it to 0"},
+    )
 
     def attach(self, model: Any, case: Case, material: Material) -> "Attached":
         import torch

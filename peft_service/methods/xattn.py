@@ -1,4 +1,7 @@
-"""Xattn tuning: only the decoder's cross-attention trains.  Gheini, Ren, May 2021, arXiv:2104.08771."""
+"""Xattn tuning: only the decoder's cross-attention trains.  Gheini, Ren, May 2021, arXiv:2104.08771.
+
+The paper trains the embeddings of a new language besides ({src, tgt} + xattn); `embeddings` does.
+"""
 
 import re
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,10 +20,16 @@ _NORM = re.compile(
 )
 
 
+_EMBEDDING = re.compile(r"(^|\.)(shared|encoder\.embed_tokens)\.weight$")
+
+
 class Xattn(Method):
     kind: Literal["xattn"] = "xattn"
     norms: bool = False
     """Train the norms of the cross-attention too."""
+    embeddings: bool = False
+    """Train the embeddings too, for a language that is new to the base: the encoder's, or the one matrix that
+    encoder, decoder and output share (T5, BART)."""
 
     learning_rate: ClassVar[float] = 5e-4
     title: ClassVar[str] = "Xattn tuning"
@@ -28,14 +37,16 @@ class Xattn(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.08771"
     summary: ClassVar[str] = "Only the attention of the decoder on the encoder trains."
     formula: ClassVar[str] = (
-        "q, k, v and o of the cross-attention train in place; 4d² (+ 4d biases) a decoder layer, + its norm"
+        "q, k, v and o of the cross-attention train in place; 4d² (+ 4d biases) a decoder layer, + its norm, + "
+        "V·d of the embeddings"
     )
     use_when: ClassVar[str] = "A translation model is to learn a language pair without forgetting others."
-    limits: ClassVar[str] = "Encoder-decoders only. New embeddings are not trained."
+    limits: ClassVar[str] = "Encoder-decoders only. No rows are added to the vocabulary: a new language takes the base's tokens."
     aliases: ClassVar[dict[str, dict[str, Any]]] = {
         "cross_attention": {},
         "cross_attention_tuning": {},
         "xattention": {},
+        "src_xattn": {"embeddings": True},
     }
     can: ClassVar[Capabilities] = Capabilities(
         architectures=("encoder_decoder",),
@@ -64,10 +75,11 @@ class Xattn(Method):
         part = shape.for_task(case.task)
         sizes = [(f"{name}.weight", d_out * d_in) for name, d_out, d_in in part.linears]
         sizes += [(f"{name}.weight", size) for name, size in part.norms]
-        return sum(size for name, size in (*sizes, *part.biases) if self._trains(name))
+        words = part.embedding_parameters if self.embeddings else 0
+        return words + sum(size for name, size in (*sizes, *part.biases) if self._trains(name))
 
     def check(self, shape: "ModelShape", case: Case) -> None:
-        if not self.trainable(shape, case):
+        if not self.model_copy(update={"embeddings": False}).trainable(shape, case):
             raise InvalidRequest(
                 f"xattn: no cross-attention was found in this {shape.model_type or 'base'}; known are those "
                 "of T5, BART, mBART, M2M100, Marian and Pegasus. Use LoRA with targets of your own.",
@@ -76,4 +88,8 @@ class Xattn(Method):
             )
 
     def _trains(self, name: str) -> bool:
-        return bool(_ATTENTION.search(name) or (self.norms and _NORM.search(name)))
+        return bool(
+            _ATTENTION.search(name)
+            or (self.norms and _NORM.search(name))
+            or (self.embeddings and _EMBEDDING.search(name))
+        )

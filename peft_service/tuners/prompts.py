@@ -13,6 +13,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from peft_service.attached import Attached, head_modules
+from peft_service.errors import InvalidRequest
 from peft_service.methods import Case
 from peft_service.tasks import PEFT_TASKS
 
@@ -82,6 +83,8 @@ def prefix_shape(model: Any) -> dict[str, int]:
         return next((int(found) for name in names if (found := getattr(config, name, None))), 0)
 
     heads = first("num_attention_heads", "n_head", "num_heads")
+    if model.config.is_encoder_decoder:
+        heads = first("decoder_attention_heads") or heads  # BART's plain name is the encoder's
     kv_heads = first("num_key_value_heads") or heads
     size = first("head_dim", "d_kv") or first("hidden_size", "n_embd", "d_model") // heads
     if model.config.is_encoder_decoder:
@@ -93,13 +96,23 @@ def prefix_shape(model: Any) -> dict[str, int]:
 
 def first_values(model: Any, init: str, count: int, seed: int, text: str | None, tokenizer: Any) -> Tensor:
     """(count, width) embeddings to start with: of random tokens of the vocabulary, or of a text's tokens,
-    repeated or cut."""
+    repeated or cut.
+
+    Raises:
+        InvalidRequest: the text has no tokens.
+    """
     words: nn.Embedding = model.get_input_embeddings()
     if init == "vocab":
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, words.num_embeddings, (count,), generator=draw)
     else:
         known = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor((known * (count // max(1, len(known)) + 1))[:count])
+        if not known:
+            raise InvalidRequest(
+                f"text: the base's tokenizer makes no tokens of {text!r}. Write words, or leave text out and "
+                'set init to "vocab".',
+                param="adapter.text",
+            )
+        ids = torch.tensor((known * (count // len(known) + 1))[:count])
     with gather_params_ctx(list(words.parameters()), modifier_rank=None), torch.no_grad():
         return words.weight[ids.to(words.weight.device)].detach().float().clone()

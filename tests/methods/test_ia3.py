@@ -4,6 +4,8 @@ import pytest
 import torch
 from peft import IA3Config, get_peft_model
 
+from peft_service import methods
+from peft_service.errors import InvalidRequest
 from peft_service.methods.ia3 import IA3
 from tests import golden
 from tests.methods import checks
@@ -58,3 +60,12 @@ def test_a_scale_of_the_keys_is_a_scale_of_the_attentions_logits(root):
             if ".k_proj.base_layer." in name:
                 parameter.mul_(1.7)
     assert checks.difference(said, live.answers(), live.probe) < 2e-5
+
+
+def test_weight_decay_is_refused(root):
+    """It pulls the scales to 0, where the keys are gone, and not to 1, where the base is."""
+    trial = Trial(IA3(), "llama", "causal_lm")
+    case = checks.case_of(trial).model_copy(update={"weight_decay": 0.01})
+    with pytest.raises(InvalidRequest, match="rest at 1") as refused:
+        methods.admit(trial.method, checks.shape_of("llama", root), case)
+    assert refused.value.param == "training.weight_decay"

@@ -10,6 +10,7 @@ from peft_service.methods.p_tuning import PTuning
 from peft_service.methods.p_tuning_v2 import PTuningV2
 from peft_service.methods.prefix_tuning import PrefixTuning
 from peft_service.methods.prompt_tuning import PromptTuning
+from peft_service.tuners.prompts import first_values, prefix_shape
 from peft_service.tuners.template_prompt import Table, placed
 from tests import golden
 from tests.methods import bases, checks
@@ -101,8 +102,6 @@ def test_a_prefix_is_adapterhubs(name):
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = config.hidden_size // config.num_attention_heads
     count = prefix.numel() // (config.num_hidden_layers * 2 * heads * size)
-    from peft_service.tuners.prompts import prefix_shape
-
     fields = prefix_shape(model)
     assert fields == {
         "num_layers": config.num_hidden_layers,
@@ -119,6 +118,79 @@ def test_a_prefix_is_adapterhubs(name):
         said = golden.output_of(made, inputs)
     real = recorded.inputs["attention_mask"].bool()
     torch.testing.assert_close(said[real], recorded.output[real], atol=2e-5, rtol=1e-4)
+
+
+def _prefixed(root, base, task):
+    live = _live(root, PrefixTuning(virtual_tokens=4), base, task, rate=0.1)
+    for step in range(3):
+        live.step(step)
+    live.engine.model.eval()
+    return live
+
+
+@pytest.mark.parametrize("base", ["llama", "opt"])
+def test_a_prefix_that_is_masked_out_leaves_the_base(root, base):
+    """Its keys and values are there, and nobody may look: the base's own answers at the same positions."""
+    live = _prefixed(root, base, "causal_lm")
+    model, batch = live.engine.model, live.probe
+    rows, length = batch.tokens_BT.shape
+    places = torch.arange(length).expand(rows, length)
+    with torch.no_grad():
+        masked = model.get_base_model()(
+            input_ids=batch.tokens_BT,
+            attention_mask=torch.cat([torch.zeros(rows, 4, dtype=torch.long), batch.mask_BT], 1),
+            past_key_values=model.get_prompt(rows),
+            position_ids=places,
+        ).logits
+    assert checks.difference({"logits": masked}, live.before, batch) < 2e-5
+    assert checks.difference(live.answers(), live.before, batch) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("base", "task"), [("llama", "causal_lm"), ("opt", "causal_lm"), ("t5", "seq2seq_lm")]
+)
+def test_generation_with_a_prefix_is_greedy_forward_passes(root, base, task):
+    live = _prefixed(root, base, task)
+    if base != "t5":
+        _greedy(live)
+        return
+    model, given = live.engine.model, live.batch([0]).inputs
+    given.pop("decoder_input_ids")
+    with torch.no_grad():
+        made = model.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=299)
+        row = torch.tensor([[model.config.decoder_start_token_id]])
+        for _ in range(5):
+            said = model(**given, decoder_input_ids=row).logits
+            row = torch.cat([row, said[:, -1:].argmax(-1)], 1)
+    assert made[0, -5:].tolist() == row[0, -5:].tolist()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_a_prefix_does_not_depend_on_the_padding(root, beams):
+    live = _prefixed(root, "llama", "causal_lm")
+    ids = live.probe.tokens_BT[:1, :4]
+    padded = torch.cat([torch.full((1, 3), 2), ids], 1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 299, "num_beams": beams}
+    with torch.no_grad():
+        alone = live.engine.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        beside = live.engine.model.generate(input_ids=padded, attention_mask=mask, **options)
+    assert alone[0, -5:].tolist() == beside[0, -5:].tolist()
+
+
+def test_a_prefix_has_the_heads_of_the_decoder():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=8, decoder_attention_heads=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50, max_position_embeddings=64,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    fields = prefix_shape(model)
+    assert fields == {"num_layers": 2, "token_dim": 32, "num_attention_heads": 4}
+    made = get_peft_model(model, PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, **fields))
+    ids = torch.arange(3, 9)[None]
+    assert made(input_ids=ids, decoder_input_ids=ids).logits.shape == (1, 6, 50)
 
 
 def test_a_reparametrised_prefix_keeps_only_what_its_mlp_makes(root, tmp_path):
@@ -189,6 +261,36 @@ def test_in_front_a_template_is_prompt_tuning_and_elsewhere_it_is_not(root):
         said.append(live.answers())
     assert checks.difference(said[0], prompt.answers(), prompt.probe) < 2e-5
     assert checks.difference(said[1], prompt.answers(), prompt.probe) > 1e-3
+
+
+def test_in_front_and_with_an_mlp_it_is_pefts_own_p_tuning(root):
+    from peft import PromptEncoderConfig
+
+    live = _live(root, PTuning(template="{prompt:5}{text}", encoder="mlp"))
+    base = artifact.load_base(checks.directory_of("llama", root), "causal_lm")
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=5,
+        encoder_reparameterization_type="MLP",
+        encoder_hidden_size=32,
+    )
+    theirs = get_peft_model(base, config).eval()
+    encoder = theirs.prompt_encoder["default"]
+    mine = {name.split(".default.")[1]: p for name, p in live.engine.parameters.items()}
+    mine["embedding.weight"] = mine.pop("weight")
+    # peft's file has one list of layers, of which one in two is a ReLU, as here.
+    mine = {name.replace("mlp.", "mlp_head."): p for name, p in mine.items()}
+    encoder.load_state_dict(mine)
+    with torch.no_grad():
+        said = {"logits": theirs(**live.probe.inputs).logits[:, 5:]}
+    assert checks.difference(live.answers(), said, live.probe) < 2e-5
+
+
+def test_a_text_without_tokens_is_refused(root):
+    model = artifact.load_base(checks.directory_of("llama", root), "causal_lm")
+    with pytest.raises(InvalidRequest, match="no tokens of ' '") as refused:
+        first_values(model, "text", 4, 0, " ", lambda text, **options: {"input_ids": []})
+    assert refused.value.param == "adapter.text"
 
 
 @pytest.mark.parametrize("encoder", ["lstm", "mlp"])
