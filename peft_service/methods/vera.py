@@ -25,6 +25,9 @@ class VeRA(Method):
     blocks."""
     save_projection: bool = True
     """False leaves A and B out of the file; who loads it then draws them anew, and must draw the same."""
+    projection_seed: int = Field(0, ge=0, lt=2**31)
+    """What A and B are drawn from, whatever the seed of the training: adapters live on one base only with the
+    same A and B."""
 
     learning_rate: ClassVar[float] = 2e-3
     title: ClassVar[str] = "VeRA"
@@ -36,7 +39,8 @@ class VeRA(Method):
     limits: ClassVar[str] = (
         "Below LoRA at equal cost. The file has A and B besides the vectors: rank * (widest d_in + widest "
         "d_out) "
-        "values, unless save_projection is false."
+        "values, unless save_projection is false. Adapters are switched on one base only if they have the same "
+        "rank, projection_seed and widest layers."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {}
     small: ClassVar[dict[str, Any]] = {"rank": 16}

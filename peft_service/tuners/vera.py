@@ -42,7 +42,7 @@ class Projected(Attached):
 
 
 def attach_vera(model: Any, case: Case, method: "VeRA") -> Projected:
-    """peft's VeRA on the method's targets; A and B are drawn from the case's seed."""
+    """peft's VeRA on the method's targets; A and B are drawn from its own seed."""
     from peft import TaskType, VeraConfig, get_peft_model
 
     config = VeraConfig(
@@ -50,7 +50,7 @@ def attach_vera(model: Any, case: Case, method: "VeRA") -> Projected:
         d_initial=method.d_initial,
         vera_dropout=method.dropout,
         target_modules=shortest(model, linear_layers(model, method.targets)),
-        projection_prng_key=case.seed,
+        projection_prng_key=method.projection_seed,
         save_projection=method.save_projection,
         modules_to_save=head_modules(model) or None,
         task_type=TaskType(PEFT_TASKS[case.task]),
