@@ -20,19 +20,47 @@ if TYPE_CHECKING:
     from peft_service.base_model import ModelShape
 
 LEVELS = {
-    **dict.fromkeys(("lora", "dora", "lora_plus", "ia3"), 0),
-    **dict.fromkeys(("adapter", "ssf"), 1),
-    **dict.fromkeys(("tiny_attention", "pasta"), 2),
-    **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning_v2"), 3),
+    "bitfit": 0,
+    **dict.fromkeys(("lora", "dora", "lora_plus", "ia3"), 1),
+    **dict.fromkeys(("adapter", "ssf"), 2),
+    "tiny_attention": 3,
+    "pasta": 4,
+    **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning_v2"), 5),
 }
-"""Methods that can be parts -> how far out they lie: on linear layers, behind them, around whole blocks, in
-front of the input. Inner ones are attached first, so that outer ones find the modules that they name."""
+"""Methods that can be parts -> how far out they lie: in the base itself, on linear layers, behind them,
+around attention blocks, around whole layers, in front of the input. Inner ones are attached first, so that
+outer ones find the modules that they name."""
 GROUPS = {
     **dict.fromkeys(("lora", "dora", "lora_plus"), "LoRA"),
     **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning_v2"), "prompt"),
 }
 """Methods of which one model can have only one, as PEFT keeps them in the same place."""
+APART = {
+    frozenset({"pasta", "prompt_tuning"}): (
+        "pasta finds special tokens by their ids, and a prompt in front of the input is embeddings, which "
+        "have none; take prefix_tuning (p_tuning_v2 for classes) instead of prompt_tuning"
+    ),
+}
+"""Two methods that cannot be parts of one model, and why."""
 NOT_WHOLE = "its parts are different things; load a part alone, from its own directory, and merge that"
+
+
+def _obstacle(method: type[Method]) -> str:
+    """Why a method is no part, from what it says of itself, and what is nearest to it."""
+    carrier = method.can.carrier
+    if method.sources_of:
+        return "it starts from published adapters; train it alone, or combine those by an operation"
+    if method.needs_tasks:
+        return "it wants the task of every row, which other parts do not know; train it alone, or take lora"
+    if carrier in ("delta", "model"):
+        return "it changes the base's own matrices, which the others leave as they are; take lora, or bitfit"
+    if method.family == "hybrid" or carrier == "composite":
+        return "it is several things itself; name those that you want as parts"
+    if method.family == "soft prompt":
+        return "it takes the model's input over; take prompt_tuning or prefix_tuning"
+    if method.family == "low rank":
+        return "it keeps account of layers that other parts replace under it; take lora"
+    return "it trains in phases or replaces layers that other parts want; take adapter, or lora"
 
 
 def _part(value: Any) -> Any:
@@ -44,18 +72,19 @@ def _part(value: Any) -> Any:
     from peft_service.methods import METHODS
 
     known = names().get(spelled(value["kind"]))
-    if known is None or known[0] not in LEVELS:
+    if known is None:
+        raise ValueError(f"{value['kind']!r} is no method. Parts can be: {', '.join(sorted(LEVELS))}")
+    if known[0] not in LEVELS:
+        variant: Any = next(v for v in METHODS if v.model_fields["kind"].default == known[0])
         raise ValueError(
-            f"{value['kind']!r} cannot be a part: it changes the base's own weights, trains in phases, "
-            f"starts "
-            f"from other adapters or is no method. What can: {', '.join(sorted(LEVELS))}"
+            f"{value['kind']!r} cannot be a part: {_obstacle(variant)}. What can: {', '.join(sorted(LEVELS))}"
         )
     kind, preset = known
     if outside := [name for name in preset if "." in name]:
         raise ValueError(
             f"{value['kind']!r} sets {outside[0]}, which is the whole job's: set it there, and use {kind}"
         )
-    variant = next(variant for variant in METHODS if variant.model_fields["kind"].default == kind)
+    variant = next(v for v in METHODS if v.model_fields["kind"].default == kind)
     return variant.model_validate({**preset, **value, "kind": kind})
 
 
@@ -79,11 +108,12 @@ GENERAL = Capabilities(
     carrier="composite",
     starts_as_base=False,
     mergeable=False,
-    servers=("peft",),
+    servers=(),
     why={
         "starts_as_base": "a part does not",
         "mergeable": NOT_WHOLE,
-        "servers": "no server loads several kinds of adapter as one. Load it with peft_service.artifact.load",
+        "servers": "nothing but peft_service.artifact.load puts several kinds of adapter on one base; peft "
+        "loads each part alone, from its own directory",
     },
 )
 
@@ -115,7 +145,9 @@ class Hybrid(Method):
     title: ClassVar[str] = "Hybrid"
     family: ClassVar[str] = "hybrid"
     paper: ClassVar[str] = "https://arxiv.org/abs/2301.01821"
-    summary: ClassVar[str] = "Any combination of LoRA, adapters, scales, prefix and prompt, trained together."
+    summary: ClassVar[str] = (
+        "Any combination of LoRA, adapters, scales, biases, prefix and prompt, trained together."
+    )
     formula: ClassVar[str] = "all parts at once; the sum of their parameters"
     use_when: ClassVar[str] = "One method is not enough, or a combination from a paper is to be tried."
     limits: ClassVar[str] = (
@@ -137,6 +169,8 @@ class Hybrid(Method):
                     raise ValueError(
                         f"parts: {part.kind} is there twice; give one of them more capacity instead"
                     )
+                if why := APART.get(frozenset((part.kind, other.kind))):
+                    raise ValueError(f"parts: {why}")
                 if (group := GROUPS.get(part.kind)) and group == GROUPS.get(other.kind):
                     raise ValueError(
                         f"parts: {other.kind} and {part.kind} both are a {group}, and PEFT has room for "
@@ -161,6 +195,9 @@ class Hybrid(Method):
 
         ratios = [part.rate() / self.rate() for part in self.ordered]
         return attach(model, case, material, self.ordered, ratios)
+
+    def positions(self) -> int:
+        return sum(part.positions() for part in self.parts)
 
     def trainable(self, shape: "ModelShape", case: Case) -> int:
         return sum(part.trainable(shape, case) for part in self.parts)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from peft_service.methods import Capabilities, Case, Material, Method
 from peft_service.methods.adapter import Activation, Adapter
-from peft_service.methods.hybrid import NOT_WHOLE, Hybrid
+from peft_service.methods.hybrid import GENERAL, NOT_WHOLE, Hybrid
 from peft_service.methods.p_tuning_v2 import PTuningV2
 from peft_service.methods.prefix_tuning import NO_CHECKPOINTING, STARTS, PrefixTuning
 from peft_service.tasks import CLASSIFYING
@@ -50,13 +50,12 @@ class MAM(Method):
         gradient_checkpointing=False,
         starts_as_base=False,
         mergeable=False,
-        servers=("peft",),
+        servers=(),
         why={
             "gradient_checkpointing": NO_CHECKPOINTING,
             "starts_as_base": STARTS,
             "mergeable": NOT_WHOLE,
-            "servers": "no server loads several kinds of adapter as one. Load it with "
-            "peft_service.artifact.load",
+            "servers": GENERAL.why["servers"],
         },
     )
 

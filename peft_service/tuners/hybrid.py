@@ -18,11 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_service.artifact import COMPOSITE, COMPOSITE_FORMAT
-from peft_service.attached import Attached
+from peft_service.attached import Attached, head_modules
 from peft_service.methods import Case, Material, Method
+from peft_service.tuners.in_place import InPlace, is_in
 
 if TYPE_CHECKING:
     from peft_service.batches import Batch
+
+
+MODULES = ".modules_to_save.default."
 
 
 class Together(Attached):
@@ -39,7 +43,12 @@ class Together(Attached):
         """Of each part: name in the whole model -> in the part's PeftModel."""
         for part, mine in zip(parts, own, strict=True):
             named = part.model.named_parameters()
-            self.names.append({outer[id(p)]: name for name, p in named if id(p) in mine})
+            if isinstance(part, InPlace):
+                # Its names are the base's own; the head that trains is the copy that PEFT has made of it.
+                named = ((_plain(name), p) for name, p in named if id(p) in mine or MODULES in name)
+                self.names.append({outer[id(p)]: name for name, p in named})
+            else:
+                self.names.append({outer[id(p)]: name for name, p in named if id(p) in mine})
 
     def ratio(self, name: str) -> float:
         # A head is in all of them, and goes with the first.
@@ -60,12 +69,23 @@ class Together(Attached):
         found = [penalty for part in self.parts if (penalty := part.penalty()) is not None]
         return torch.stack(found).sum() if found else None
 
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{n}.{key}": tensor for n, part in enumerate(self.parts) for key, tensor in part.state().items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for n, part in enumerate(self.parts):
+            mine = f"{n}."
+            part.load_state({k.removeprefix(mine): t for k, t in state.items() if k.startswith(mine)})
+
     def save(self, trainable: Mapping[str, Tensor], directory: Path, base: "tuple[str, str | None]") -> None:
         places = [f"part-{number}" for number in range(len(self.parts))]
         for part, names, place in zip(self.parts, self.names, places, strict=True):
             own = {name: trainable[outer] for outer, name in names.items()}
             part.save(own, directory / place, base)
-            _as_alone(directory / place / "adapter_model.safetensors")
+            if not isinstance(part, InPlace):
+                _as_alone(directory / place / "adapter_model.safetensors")
         told = {"format": COMPOSITE_FORMAT, "parts": places}
         (directory / COMPOSITE).write_text(json.dumps(told, indent=2) + "\n")
 
@@ -73,6 +93,11 @@ class Together(Attached):
 def _as_alone(path: Path) -> None:
     """Name the tensors as if nothing lay around the layers that they are of."""
     save_file({name.replace(".base_layer", ""): t for name, t in load_file(path).items()}, path)
+
+
+def _plain(name: str) -> str:
+    """The name that a parameter of the base, or of PEFT's copy of its head, has in the base alone."""
+    return name.replace(".base_layer", "").replace(MODULES, ".")
 
 
 def attach(
@@ -87,11 +112,15 @@ def attach(
         part = method.attach(model, case, material)
         parts.append(part)
         earlier = set().union(*own)
+        # Beside an in-place part there is one of PEFT, which trains a copy of the head instead.
+        heads = head_modules(model) if isinstance(part, InPlace) else ()
         own.append(
             {
                 id(parameter)
                 for name, parameter in part.model.named_parameters()
-                if parameter.requires_grad and (id(parameter) not in earlier or ".modules_to_save." in name)
+                if parameter.requires_grad
+                and not is_in(name, heads)
+                and (id(parameter) not in earlier or MODULES in name)
             }
         )
     return Together(parts, own, ratios)

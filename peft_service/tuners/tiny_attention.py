@@ -11,7 +11,6 @@ and expert:
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -139,12 +138,23 @@ class TinyAttentionWrapper(Wrapper):
             return side_cache.remember(cache, (id(self), adapter_name), k, v, self.layers)
 
         def scores_mask(queries: int, keys: int) -> Tensor | None:
-            return additive(mask, self.causal(), queries, keys, hidden.device)
+            return additive(without_prefix(mask, cache, keys), self.causal(), queries, keys, hidden.device)
 
         return with_first(output, add(hidden, self.part(adapter_name)(hidden, remember, scores_mask)))
 
     def causal(self) -> bool:
         return any(getattr(module, "is_causal", False) for module in self.get_base_layer().modules())
+
+
+def without_prefix(mask: Any, cache: Any, keys: int) -> Any:
+    """The mask of the positions that the adapter has keys of.
+
+    A trained prefix (a part of a hybrid) is in the block's cache, in front, and in nobody else's.
+    """
+    behind = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[-1] > keys
+    if behind and cache is not None and cache.get_seq_length() == mask.shape[-1]:
+        return mask[..., -keys:]
+    return mask
 
 
 def additive(mask: Any, causal: bool, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -231,10 +241,7 @@ class Experts(Attached):
             name: tensor.mean(0, keepdim=True) if f".{TinyAttentionModel.containers[0]}." in name else tensor
             for name, tensor in trainable.items()
         }
-        self.save_peft(self.model, mean, directory, base)
-        path = directory / "adapter_config.json"
-        told = json.loads(path.read_text()) | {"experts": 1}
-        path.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
+        self.save_peft(self.model, mean, directory, base, experts=1)
 
 
 def drawn(seed: int, step: int, row: list[int]) -> int:

@@ -282,7 +282,7 @@ class UniPELTModel(PlacedModel):
             tokens.unwatch()
         # PEFT looks for the linear layers where they were before their attention block was put back.
         for name, module in list(model.named_modules()):
-            if isinstance(module, Wrapper) and module.adapter_layer_names == self.containers:
+            if self.owns(module):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base_layer)
         return model

@@ -192,9 +192,13 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
         """Introduce wrappers to each other, after all are in place."""
 
     def wrappers(self) -> Iterator[tuple[str, Wrapper]]:
+        """This tuner's own, by name; in a hybrid there are others' around and inside them."""
         for name, module in self.model.named_modules():
-            if isinstance(module, Wrapper):
+            if self.owns(module):
                 yield name, module
+
+    def owns(self, module: nn.Module) -> bool:
+        return isinstance(module, Wrapper) and module.adapter_layer_names == self.containers
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
@@ -223,8 +227,8 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, Wrapper):
-            self._add(peft_config, adapter_name, current_key, target)
+        if self.owns(target):
+            self._add(peft_config, adapter_name, current_key, target)  # type: ignore[arg-type]
             return
         wrapper = self.layer(peft_config, current_key, target)
         if adapter_name in self.active_adapters:

@@ -1,17 +1,22 @@
-"""Hybrid and MAM: parts that load alone, AdapterHub's numbers, and combinations that are refused."""
+"""Hybrid and MAM: every pair of methods, parts that load alone, AdapterHub's numbers, and what is refused."""
+
+import os
+from itertools import permutations
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from peft_service import artifact, methods
+from peft_service import artifact, delta, methods
 from peft_service.errors import InvalidRequest
 from peft_service.gate import weights_of
-from peft_service.methods import Case, Material
-from peft_service.methods.hybrid import Hybrid, together
+from peft_service.methods import METHODS, Case, Material
+from peft_service.methods.hybrid import LEVELS, Hybrid, together
 from peft_service.methods.mam import MAM
 from peft_service.methods.prefix_tuning import PrefixTuning
+from peft_service.variants import kind_of
 from tests import golden
+from tests.methods import checks
 from tests.methods.checks import Live, Trial, case_of, difference, shape_of
 from tests.peft_service.tuners import adapterhub
 
@@ -88,6 +93,81 @@ def test_what_is_saved_is_what_was_trained(root, tmp_path, base, task, parts):
     assert difference(loaded, said, live.probe) <= 2e-5
 
 
+EXAMPLES = {kind_of(variant): {"kind": kind_of(variant), **variant.small} for variant in METHODS}
+ALL = bool(os.environ.get("METHODS_ALL"))
+BASES = {"llama": "causal_lm", "bert": "sequence_classification"} | (
+    {"opt": "causal_lm", "t5": "seq2seq_lm", "bart": "seq2seq_lm"} if ALL else {}
+)
+
+
+def pairs(base):
+    """All, in both orders; without METHODS_ALL each on one base and in one order."""
+    number = {kind: place for place, kind in enumerate(sorted(LEVELS))}
+    for one, two in permutations(sorted(LEVELS), 2):
+        if ALL or (one < two and (number[one] + number[two]) % 2 == (base == "bert")):
+            yield one, two
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_pair_works_or_is_refused_with_a_reason(root, tmp_path, base):
+    shape, found, refused = shape_of(base, root), {}, []
+    for pair in pairs(base):
+        try:
+            method = Hybrid(parts=[EXAMPLES[kind] for kind in pair])
+            trial = Trial(method, base, BASES[base])
+            methods.admit(method, shape, case_of(trial))
+        except (ValidationError, InvalidRequest) as error:
+            refused.append(str(error))
+            continue
+        live = Live(trial, root, rate=1e-2)
+        start = live.engine.trainable()
+        count = sum(value.numel() for value in start.values())
+        assert count == methods.trainable(method, shape, live.case), pair
+        if method.can.starts_as_base:
+            assert difference(live.answers(), live.before, live.probe) <= 2e-5, pair
+        for step in range(2):
+            live.step(step)
+        now = live.engine.trainable()
+        assert not [name for name, value in start.items() if torch.equal(value, now[name])], pair
+        live.save(tmp_path / "-".join(pair))
+        found[pair] = difference(checks.load(live, tmp_path / "-".join(pair))[1], live.answers(), live.probe)
+    assert len(found) > 15
+    assert all(len(message) > 60 for message in refused)
+    assert not {pair: worst for pair, worst in found.items() if not worst <= 2e-5}
+
+
+@pytest.mark.parametrize("kind", sorted(EXAMPLES.keys() - LEVELS.keys()))
+def test_what_cannot_be_a_part_says_why_and_what_can(kind):
+    said = rf"'{kind}' cannot be a part: it .{{20,}}; .*What can: adapter, bitfit"
+    with pytest.raises(ValidationError, match=said):
+        Hybrid(parts=[{"kind": kind}, {"kind": "lora"}])
+
+
+def test_bitfit_as_a_part_changes_the_base_as_it_does_alone(root, tmp_path):
+    """Its directory is a delta of the base's own biases and of the head, which applies without the others."""
+    live = trained(root, "bert", "sequence_classification", ({"kind": "lora", "rank": 4}, {"kind": "bitfit"}))
+    live.save(tmp_path / "whole")
+    made = delta.load(tmp_path / "whole" / "part-0")
+    base = artifact.load_base(live.directory, live.trial.task, live.case.labels)
+    own = dict(base.named_parameters())
+    biases = {n for n in own if n.endswith(".bias") and ".encoder." in n}
+    assert biases <= made.dense.keys() <= own.keys()
+    assert all(n.endswith(".bias") or n.startswith("classifier") for n in made.dense)
+    values = live.engine.trainable()
+    for name, tensor in made.dense.items():
+        assert not torch.equal(tensor, own[name])
+        ends = name.rpartition(".")[2]
+        inside = name.removesuffix(f".{ends}")
+        (found,) = (
+            value
+            for outer, value in values.items()
+            if f".{outer}".endswith(
+                (f".{name}", f".{inside}.base_layer.{ends}", f".{inside}.modules_to_save.default.{ends}")
+            )
+        )
+        assert torch.equal(tensor, found)
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
@@ -95,8 +175,9 @@ def test_what_is_saved_is_what_was_trained(root, tmp_path, base, task, parts):
         ([{"kind": "lora"}, {"kind": "dora"}], "both are a LoRA"),
         ([{"kind": "prefix_tuning"}, {"kind": "prompt_tuning"}], "both are a prompt"),
         ([{"kind": "lora"}, {"kind": "lora", "rank": 2}], "there twice"),
-        ([{"kind": "lora"}, {"kind": "full"}], "cannot be a part"),
-        ([{"kind": "lora"}, {"kind": "nonsense"}], "cannot be a part"),
+        ([{"kind": "lora"}, {"kind": "full"}], "base's own matrices"),
+        ([{"kind": "lora"}, {"kind": "nonsense"}], "is no method"),
+        ([{"kind": "pasta"}, {"kind": "prompt_tuning"}], "take prefix_tuning"),
         ([{"kind": "lora"}, {"kind": "adapter", "sizes": 3}], "sizes"),
         ([{"kind": "lora", "init": "pissa"}, {"kind": "adapter"}], "init pissa"),
         ([{"kind": "qlora"}, {"kind": "adapter"}], "base.quantize"),
