@@ -30,12 +30,15 @@ OLD_TASK = {"task": "causal_lm", "labels": []}
 """Of adapters that were published before there were others."""
 
 
+MOST = max(cast("type[Operation]", variant).takes[1] for variant in OPERATIONS)
+
+
 class CreateOperation(Frozen):
     """An operation on published adapters."""
 
     operation: AnyOperation
     """What is done, by `kind`, and its own fields; `GET /v1/operations` lists both."""
-    adapters: tuple[str, ...] = Field(min_length=1, max_length=16)
+    adapters: tuple[str, ...] = Field(min_length=1, max_length=MOST)
     """Ids, `name@version`, or `name` for its newest version."""
     name: str | None = Field(None, pattern=NAME_PATTERN)
     """Of the result in the catalog; its versions count up. Default: the first adapter's and the kind."""

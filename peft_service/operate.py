@@ -25,6 +25,8 @@ OF_THE_ARTIFACT = (
     artifact.TASK,
     artifact.COMPOSITE,
     "delta_config.json",
+    "qa_lora_config.json",
+    "lorahub.json",
     "config.json",
     "generation_config.json",
 )

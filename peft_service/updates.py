@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_service import artifact, gate
 from peft_service.errors import RunFailed
 from peft_service.methods import Case
-from peft_service.operations import Work
+from peft_service.operations import Done, Work
 from peft_service.targets import shortest
 from peft_service.tasks import PEFT_TASKS
 
@@ -94,9 +94,18 @@ def merged(model: Any, directory: Path) -> Any:
         RunFailed: it cannot be; says why.
     """
     if (directory / artifact.COMPOSITE).exists():
-        for part in json.loads((directory / artifact.COMPOSITE).read_text())["parts"]:
+        told = json.loads((directory / artifact.COMPOSITE).read_text())
+        if told.get("rope"):
+            from peft_service.tuners import longlora
+
+            longlora.interpolate(model, **told["rope"])
+        for part in told["parts"]:
             model = merged(model, directory / part)
         return model
+    if (directory / "qa_lora_config.json").exists():
+        from peft_service.tuners import qa_lora
+
+        return qa_lora.dense(model, directory)
     loaded = artifact.load(model, directory)
     if not (directory / "adapter_config.json").exists():
         return loaded
@@ -106,6 +115,16 @@ def merged(model: Any, directory: Path) -> Any:
         raise RunFailed(f"the adapter cannot be merged: {error}", code="not_mergeable") from error
     whole._hf_peft_config_loaded = False  # or save_pretrained would look for an adapter to save
     return whole.eval()
+
+
+def rounded(model: Any) -> Any:
+    """`model` with parameters as bf16 has them, in float32.
+
+    Not its buffers: no checkpoint has those of rotary positions, and whoever loads one computes them exactly.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model
 
 
 def updates_of(model: Any) -> dict[str, Tensor]:
@@ -175,7 +194,8 @@ def relative(error: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[
 def svd(update: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """(A, B, all singular values): B A is the nearest matrix of this rank, padded with zeros if it has less.
 
-    Eckart and Young 1936. The singular values are shared equally between A and B.
+    Eckart and Young 1936. The singular values are shared equally between A and B, which are float32: what is
+    written to a file, so that errors are those of the file.
     """
     left, values, right = torch.linalg.svd(update.double(), full_matrices=False)
     kept = min(rank, len(values))
@@ -183,7 +203,17 @@ def svd(update: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     a_RI = torch.zeros(rank, update.shape[1], dtype=torch.float64)
     b_OR = torch.zeros(update.shape[0], rank, dtype=torch.float64)
     a_RI[:kept], b_OR[:, :kept] = root[:, None] * right[:kept], left[:, :kept] * root
-    return a_RI, b_OR, values
+    return a_RI.float(), b_OR.float(), values
+
+
+def measured(
+    work: Work, errors: tuple[float, float], inputs: dict[str, Tensor], expected: Mapping[str, Tensor]
+) -> Done:
+    """What there is to say of a LoRA that was written: `errors` are `relative`'s, `expected` what it should
+    answer to `inputs`."""
+    said = asked(work, work.out)[1]
+    facts = {"update_error": errors[0], "worst_layer_error": errors[1], "logits_error": apart(said, expected)}
+    return Done(facts, inputs, said)
 
 
 def write_lora(

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from peft_service.errors import InvalidRequest
 from peft_service.methods import METHODS, Method
@@ -60,6 +62,10 @@ class Done:
     inputs: "dict[str, Tensor]"
     outputs: "dict[str, Tensor]"
     """What the result answered to `inputs`: the gate compares."""
+
+
+Weight = Annotated[float, Field(ge=-1000, le=1000)]
+"""Of an adapter in a sum."""
 
 
 class Operation(Frozen):
@@ -140,6 +146,26 @@ def plain_lora(source: Described, what: str) -> None:
                 code="not_a_lora",
                 param="adapters",
             )
+
+
+def nothing_besides(source: Described, what: str, head: bool = False) -> None:
+    """
+    Args:
+        head: a classifier's head may be there, and goes along.
+
+    Raises:
+        InvalidRequest: modules were trained besides the adapter, for which the operation has no place.
+    """
+    config = source.config or {}
+    saved = config.get("modules_to_save")
+    if saved and not (head and config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM")):
+        raise InvalidRequest(
+            f"{source.reference} has trained {', '.join(saved)} besides its updates, and {what} has no place "
+            + ("for those" if head else "for several of them, heads or others")
+            + ": merge it into the base, or give an adapter without",
+            code="not_a_lora",
+            param="adapters",
+        )
 
 
 OPERATIONS = variants_of(Operation, __name__, __path__)

@@ -8,7 +8,7 @@ from pydantic import Field
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Case, Method
 from peft_service.methods.arrow import Arrow
-from peft_service.operations import Described, Done, Operation, Work, plain_lora
+from peft_service.operations import Described, Done, Operation, Work, nothing_besides, plain_lora
 
 
 class RouteByArrow(Operation):
@@ -26,11 +26,13 @@ class RouteByArrow(Operation):
     def check(self, sources: Sequence[Described]) -> None:
         for source in sources:
             plain_lora(source, "arrow")
-            if saved := (source.config or {}).get("modules_to_save"):
+            nothing_besides(source, "arrow")
+            mine, theirs = (_targets(each) for each in (source, sources[0]))
+            if mine != theirs:
                 raise InvalidRequest(
-                    f"{source.reference} has trained {', '.join(saved)} besides its LoRA, and a token cannot "
-                    "go to several heads: give adapters of language models",
-                    code="not_a_lora",
+                    f"{source.reference} adapts {', '.join(mine)}, and {sources[0].reference} "
+                    f"{', '.join(theirs)}: arrow routes among LoRAs on the same layers. combine takes any",
+                    code="invalid_value",
                     param="adapters",
                 )
         if self.general > len(sources) - 2:
@@ -56,3 +58,8 @@ class RouteByArrow(Operation):
         made.save({}, work.out, (work.base_id, work.revision))
         inputs, answers = updates.asked(work, work.out)
         return Done({"experts": float(len(work.sources) - self.general)}, inputs, answers)
+
+
+def _targets(source: Described) -> list[str]:
+    targets = (source.config or {}).get("target_modules") or []
+    return sorted([targets] if isinstance(targets, str) else targets)

@@ -13,7 +13,7 @@ from pydantic import Field
 from peft_service.errors import InvalidRequest, RunFailed
 from peft_service.methods import Method
 from peft_service.methods.lora import LoRA
-from peft_service.operations import Described, Done, Operation, Work, plain_lora
+from peft_service.operations import Described, Done, Operation, Weight, Work, nothing_besides, plain_lora
 
 How = Literal[
     "cat",
@@ -37,7 +37,7 @@ _BY_FACTOR = "on A and B one by one: quick, and products of different adapters c
 class Combine(Operation):
     kind: Literal["combine"] = "combine"
     how: How = "cat"
-    weights: tuple[float, ...] | None = Field(None, min_length=1, max_length=16)
+    weights: tuple[Weight, ...] | None = Field(None, min_length=1, max_length=16)
     """One for each adapter, in their order; negative ones take away. None: equal, with sum 1."""
     rank: int | None = Field(None, ge=1, le=MAX_RANK)
     """Of the ways that end in svd. None: the sum of the adapters' ranks, so that nothing is lost."""
@@ -80,16 +80,17 @@ class Combine(Operation):
     def check(self, sources: Sequence[Described]) -> None:
         for source in sources:
             plain_lora(source, "combine")
-            if saved := (source.config or {}).get("modules_to_save"):
-                raise InvalidRequest(
-                    f"{source.reference} has trained {', '.join(saved)} besides its LoRA, and there is no "
-                    "sum of heads: combine adapters of language models, or merge one",
-                    code="not_a_lora",
-                    param="adapters",
-                )
+            nothing_besides(source, "combine")
         if self.weights is not None and len(self.weights) != len(sources):
             raise InvalidRequest(
                 f"{len(self.weights)} weights for {len(sources)} adapters: give one for each, in their order",
+                code="invalid_value",
+                param="operation.weights",
+            )
+        if self.weights is not None and not any(self.weights):
+            raise InvalidRequest(
+                "all weights are 0, and the sum of nothing is nothing: give at least one other, or leave "
+                "weights out for the mean",
                 code="invalid_value",
                 param="operation.weights",
             )
@@ -163,8 +164,8 @@ class Combine(Operation):
             for layer, (a_RI, b_OR, scaling, _) in part.items():
                 update = weight * scaling * b_OR.double() @ a_RI.double()
                 wanted[layer] = wanted[layer] + update if layer in wanted else update
-        rank = max(sum(max(len(each[0]) for each in part.values()) for part in parts), 1)
-        rank = self.rank or rank
+        most = max(sum(max(len(each[0]) for each in part.values()) for part in parts), 1)
+        rank = self.rank or most
         # Of the first adapter's config PEFT keeps what is not the others': a layer excluded there would be
         # lost, and rsLoRA would scale a result whose scaling is in its values already.
         for name in names:
@@ -188,7 +189,7 @@ class Combine(Operation):
             wrong[layer] = wanted[layer] - scaling * b_OR.double() @ a_RI.double()
             made[layer] = (*_padded(a_RI, b_OR, rank if self.how.endswith("svd") else 0), scaling)
         error, worst = updates.relative(wrong, wanted)
-        full = self.rank is None or error == 0
+        full = self.rank is None or self.rank >= most
         if (len(names) == 1 or self.ways[self.how][0]) and full and not error <= EXACT:
             raise RunFailed(
                 f"{self.how} should be the weighted sum, and differs from it by {error:.2e} of its norm",
@@ -200,13 +201,7 @@ class Combine(Operation):
             base, {name: (a, b, scaling * len(a)) for name, (a, b, scaling) in made.items()}, work
         )
         summed = updates.answers(updates.added(base, wanted), inputs)
-        answers = updates.asked(work, work.out)[1]
-        facts = {
-            "update_error": error,
-            "worst_layer_error": worst,
-            "logits_error": updates.apart(answers, summed),
-        }
-        return Done(facts, inputs, answers)
+        return updates.measured(work, (error, worst), inputs, summed)
 
 
 def _padded(a_RI: Any, b_OR: Any, rank: int) -> tuple[Any, Any]:

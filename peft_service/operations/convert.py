@@ -13,7 +13,7 @@ from pydantic import Field
 from peft_service.errors import InvalidRequest, RunFailed
 from peft_service.methods import Method
 from peft_service.methods.lora import LoRA
-from peft_service.operations import Described, Done, Operation, Work, mergeable
+from peft_service.operations import Described, Done, Operation, Work, mergeable, nothing_besides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +25,9 @@ class Convert(Operation):
     kind: Literal["convert"] = "convert"
     rank: int = Field(16, ge=1, le=MAX_RANK)
     """Of the LoRA. A change of full rank (OFT, (IA)³) needs a large one."""
-    max_error: float = Field(0.05, ge=0, le=1)
+    max_error: float = Field(0.05, ge=1e-6, le=1)
     """What may be lost: Frobenius norm of ΔW - B A over all layers, as a share of that of ΔW. Above it the
-    job fails, and says which rank would do."""
+    job fails, and says which rank would do. No float32 is nearer than 1e-6 for certain."""
 
     title: ClassVar[str] = "Convert to LoRA"
     summary: ClassVar[str] = (
@@ -37,6 +37,7 @@ class Convert(Operation):
 
     def check(self, sources: Sequence[Described]) -> None:
         mergeable(sources[0])
+        nothing_besides(sources[0], "convert", head=True)
         if sources[0].config is None:
             raise InvalidRequest(
                 f"{sources[0].reference} ({sources[0].method}) is no PEFT adapter, and only those are "
@@ -60,7 +61,7 @@ class Convert(Operation):
         for name, change in changes.items():
             a_RI, b_OR, values = updates.svd(change, self.rank)
             factors[name] = (a_RI, b_OR, float(self.rank))
-            lost[name] = change - b_OR @ a_RI
+            lost[name] = change - b_OR.double() @ a_RI.double()
             spectra.append(values)
         error, worst = updates.relative(lost, changes)
         if error > self.max_error:
@@ -74,13 +75,7 @@ class Convert(Operation):
             )
         del model
         updates.write_lora(updates.base_of(work), factors, work, heads=source)
-        answers = updates.asked(work, work.out)[1]
-        facts = {
-            "update_error": error,
-            "worst_layer_error": worst,
-            "logits_error": updates.apart(answers, expected),
-        }
-        return Done(facts, inputs, answers)
+        return updates.measured(work, (error, worst), inputs, expected)
 
 
 def _rank_for(spectra: "list[Tensor]", max_error: float) -> int:

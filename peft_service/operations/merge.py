@@ -54,8 +54,7 @@ class Merge(Operation):
                 code="merge_not_exact",
             )
         if self.dtype == "bf16":
-            model = model.to(torch.bfloat16).float()
-            answers = updates.answers(model, inputs)
+            answers = updates.answers(updates.rounded(model), inputs)
             facts["rounding_error"] = updates.apart(answers, expected)
             model = model.to(torch.bfloat16)
         model.save_pretrained(work.out, safe_serialization=True)

@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from peft_service.errors import InvalidRequest, RunFailed
 from peft_service.methods import AnyMethod, Method
-from peft_service.operations import Described, Done, Operation, Work
+from peft_service.operations import Described, Done, Operation, Weight, Work, method_called
 
 _OF_THE_TRAINING = (
     "base_model_name_or_path",
@@ -19,11 +19,13 @@ _OF_THE_TRAINING = (
     "peft_version",
 )
 """Keys of an adapter_config.json in which adapters of one kind may differ."""
+_PLAIN = ("LORA", "PROMPT_TUNING")
+"""What is left of published adapters where a method has made one of them, and no choice among them."""
 
 
 class Soup(Operation):
     kind: Literal["soup"] = "soup"
-    weights: tuple[float, ...] | None = Field(None, min_length=2, max_length=64)
+    weights: tuple[Weight, ...] | None = Field(None, min_length=2, max_length=64)
     """One for each adapter, in their order; they are divided by their sum. None: equal."""
 
     title: ClassVar[str] = "Soup"
@@ -38,6 +40,14 @@ class Soup(Operation):
                 raise InvalidRequest(
                     f"{source.reference} is no PEFT adapter but a {source.method}; soup takes the mean of "
                     "adapters: merge them and compare, or give adapters",
+                    code="not_an_adapter",
+                    param="adapters",
+                )
+            method = method_called(source.method)
+            if method is not None and method.sources_of and source.config.get("peft_type") not in _PLAIN:
+                raise InvalidRequest(
+                    f"{source.reference} is a {source.method}: it holds other adapters and a way to choose "
+                    "among them, and the mean of choices is none. Make the soup of the adapters in it",
                     code="not_an_adapter",
                     param="adapters",
                 )
@@ -73,6 +83,14 @@ class Soup(Operation):
             mine = [file.get(name) for file in files]
             if any(tensor is None or tensor.shape != first.shape for tensor in mine):
                 raise RunFailed(f"the adapters differ in {name}: there is no mean of them", code="not_alike")
+            if not first.is_floating_point():
+                if not all(torch.equal(first, tensor) for tensor in mine if tensor is not None):
+                    raise RunFailed(
+                        f"the adapters differ in {name}, which counts or points to places: there is no mean",
+                        code="not_alike",
+                    )
+                made[name] = first
+                continue
             stacked = torch.stack([tensor.double() for tensor in mine if tensor is not None])
             shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
             made[name] = torch.tensordot(shares, stacked, dims=1).to(first.dtype).contiguous()

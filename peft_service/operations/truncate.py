@@ -13,7 +13,7 @@ from pydantic import Field
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Method
 from peft_service.methods.lora import LoRA
-from peft_service.operations import Described, Done, Operation, Work, plain_lora
+from peft_service.operations import Described, Done, Operation, Work, nothing_besides, plain_lora
 
 
 class Truncate(Operation):
@@ -28,7 +28,8 @@ class Truncate(Operation):
     ways: ClassVar[dict[str, tuple[bool, str]]] = {
         "first": (
             False,
-            "A[:b] and B[:, :b], scaled by alpha / b; of a DyLoRA exactly what it trained at rank b",
+            "A[:b] and B[:, :b], scaled by alpha / b (an rsLoRA by alpha / sqrt(b)); of a DyLoRA exactly "
+            "what it trained at rank b",
         ),
         "svd": (False, "the nearest B A of rank b in every layer; exact where b is the rank it has"),
     }
@@ -36,6 +37,7 @@ class Truncate(Operation):
     def check(self, sources: Sequence[Described]) -> None:
         source = sources[0]
         plain_lora(source, "truncate")
+        nothing_besides(source, "truncate", head=True)
         if self.rank > source.ranks[-1]:
             raise InvalidRequest(
                 f"{source.reference} has rank {source.ranks[-1]}: there is no rank {self.rank} in it. Give "
@@ -59,19 +61,14 @@ class Truncate(Operation):
             b = min(self.rank, len(a_RI))
             whole[name] = scaling * b_OR.double() @ a_RI.double()
             if self.how == "first":
-                a, c, size = a_RI[:b], b_OR[:, :b], alpha
+                # Of an rsLoRA the scaling is alpha / sqrt(b), and the file has no key of rsLoRA.
+                root = scaling * len(a_RI) != alpha
+                a, c, size = a_RI[:b], b_OR[:, :b], alpha * b**0.5 if root else alpha
             else:
                 a, c, _ = updates.svd(whole[name], b)
                 size = float(b)
             made[name] = (a, c, size)
             lost[name] = whole[name] - size / b * c.double() @ a.double()
-        error, worst = updates.relative(lost, whole)
         del model
         updates.write_lora(updates.base_of(work), made, work, heads=source)
-        answers = updates.asked(work, work.out)[1]
-        facts = {
-            "update_error": error,
-            "worst_layer_error": worst,
-            "logits_error": updates.apart(answers, expected),
-        }
-        return Done(facts, inputs, answers)
+        return updates.measured(work, updates.relative(lost, whole), inputs, expected)

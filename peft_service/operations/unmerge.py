@@ -56,11 +56,16 @@ class Unmerge(Operation):
         whole, adapter = work.sources
         inputs, answers = updates.asked(work, adapter)
         model = gate.load_base(whole, Case(task=work.task, labels=work.labels), "fp32", None)
-        facts = {"unmerge_error": updates.apart(updates.answers(model, inputs), answers)}
-        if not _stored_in_bf16(whole) and not facts["unmerge_error"] <= TOLERANCE:
+        said = updates.answers(model, inputs)
+        facts = {"unmerge_error": updates.apart(said, answers)}
+        expected = answers
+        if _stored_in_bf16(whole):
+            again = updates.merged(updates.base_of(work), adapter)
+            expected = updates.answers(updates.rounded(again), inputs)
+        if not (wrong := updates.apart(said, expected)) <= TOLERANCE:
             raise RunFailed(
-                f"base and adapter together differ from the merged model by {facts['unmerge_error']:.2e} of "
-                f"the largest logit, more than {TOLERANCE:.0e}: it is not what they were merged into",
+                f"base and adapter together differ from the merged model by {wrong:.2e} of the largest "
+                f"logit, more than {TOLERANCE:.0e}: it is not what they were merged into",
                 code="unmerge_not_exact",
             )
         shutil.copytree(adapter, work.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*MADE_ANEW))

@@ -291,6 +291,23 @@ def apply(model: Any, directory: Path) -> Any:
     return model.eval()
 
 
+def dense(model: Any, directory: Path) -> Any:
+    """`model` with what an artifact computes as ordinary weights in its own linear layers.
+
+    Raises:
+        InvalidRequest: as `apply`.
+    """
+    own = {name: model.get_submodule(name) for name in _read(directory)[1]["layers"]}
+    apply(model, directory)
+    with torch.no_grad():
+        for name, layer in layers_of(model).items():
+            layer.merge()
+            weight_OI = layer.weight
+            own[name].weight.copy_(weight_OI.T if isinstance(own[name], Conv1D) else weight_OI)
+            _replace(model, name, own[name])
+    return model.eval()
+
+
 def merge(directory: Path, target: Path) -> None:
     """Write the merged form of an artifact that has A and B: the same codes, other zero points."""
     tensors, config = _read(directory)

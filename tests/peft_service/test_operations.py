@@ -154,6 +154,67 @@ def test_a_merge_in_bf16_says_what_rounding_costs(base, tmp_path):
         torch.bfloat16
     }
     assert done.facts["merge_error"] <= 1e-5 < done.facts["rounding_error"] < 0.1
+    # Whoever loads it gets the answers that are told: rotary positions are not rounded.
+    with torch.no_grad():
+        again = plain(tmp_path / "out")(**done.inputs).logits
+    torch.testing.assert_close(again, done.outputs["logits"], rtol=1e-5, atol=1e-5)
+    back = Unmerge().run(work(base, tmp_path / "back", tmp_path / "out", source))
+    assert back.facts["unmerge_error"] == pytest.approx(done.facts["rounding_error"], rel=0.01)
+    other = lora(base, tmp_path / "b", seed=1)
+    with pytest.raises(RunFailed, match="not what they were merged into"):
+        Unmerge().run(work(base, tmp_path / "wrong", tmp_path / "out", other))
+
+
+def attached(base, directory, method, **case):
+    """The artifact of one of our methods with random values in all that trains."""
+    from peft_service.methods import Material
+
+    made = method.attach(base_model.load(base, precision="fp32"), Case(**case), Material())
+    torch.manual_seed(7)
+    with torch.no_grad():
+        values = {
+            name: parameter.detach() + torch.randn(parameter.shape) * 0.1
+            for name, parameter in made.model.named_parameters()
+            if parameter.requires_grad
+        }
+    directory.mkdir()
+    made.save(values, directory, ("tiny/llama", None))
+    artifact.write_task(directory, "causal_lm", ())
+    return directory
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_quantised_base_of_qa_lora_is_written_out_as_plain_weights(base, tmp_path, merged):
+    from peft_service.methods.qa_lora import QALoRA
+
+    source = attached(base, tmp_path / "a", QALoRA(rank=4, alpha=8, group=8, merged=merged))
+    done = Merge().run(work(base, tmp_path / "out", source))
+    expected = logits(artifact.load(plain(base), source))
+    assert float((logits(plain(tmp_path / "out")) - expected).abs().max()) <= 1e-4
+    assert done.facts["merge_error"] <= 1e-5
+
+
+def test_a_longer_context_goes_into_what_is_merged(base, tmp_path):
+    from peft_service.methods.longlora import LongLoRA
+
+    length = 2 * json.loads((base / "config.json").read_text())["max_position_embeddings"]
+    source = attached(base, tmp_path / "a", LongLoRA(rank=4, alpha=8), max_seq_len=length)
+    assert json.loads((source / artifact.COMPOSITE).read_text())["rope"]
+    done = Merge().run(work(base, tmp_path / "out", source))
+    assert done.facts["merge_error"] <= 1e-5
+    expected = logits(artifact.load(plain(base), source))
+    torch.testing.assert_close(logits(plain(tmp_path / "out")), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_what_trains_besides_the_updates_is_never_left_behind_in_silence(base, tmp_path):
+    """LongLoRA within the base's own context is a LoRA with embeddings and norms, which no LoRA can hold."""
+    from peft_service.methods.longlora import LongLoRA
+
+    source = described(attached(base, tmp_path / "a", LongLoRA(rank=4, alpha=8), max_seq_len=64), "longlora")
+    assert source.ranks == (4,)
+    for operation in (Convert(), Truncate(rank=2), Combine()):
+        with pytest.raises(InvalidRequest, match=r"embed_tokens.*besides its updates.*merge it"):
+            operation.check([source])
 
 
 def test_an_adapter_of_a_4_bit_base_is_merged_into_the_weights_it_was_made_from(base, tmp_path):
@@ -310,6 +371,44 @@ def test_dare_is_the_same_for_the_same_seed_and_keeps_the_generator(base, pair, 
     assert run(1, "z")[0] != first[0]
 
 
+@pytest.mark.parametrize("how", sorted(Combine.ways))
+def test_every_way_is_what_peft_makes_of_the_same_adapters(base, tmp_path, how):
+    """Loaded and combined by peft alone, with the same draw."""
+    sources = [lora(base, tmp_path / str(n), n, lora_alpha=8 + 4 * n) for n in range(3)]
+    weights, prunes = (0.9, 0.4, 0.6), how.startswith(("ties", "dare", "magnitude"))
+    way = Combine(how=how, weights=weights, density=0.6 if prunes else None, seed=3)
+    done = way.run(work(base, tmp_path / "out", *sources))
+    oracle = PeftModel.from_pretrained(plain(base), sources[0], "0")
+    for number in (1, 2):
+        oracle.load_adapter(sources[number], str(number))
+    torch.manual_seed(3)
+    oracle.add_weighted_adapter(
+        ["0", "1", "2"], list(weights), "all", combination_type=how, density=0.6 if prunes else None,
+        svd_rank=12 if how.endswith("svd") else None,
+    )  # fmt: skip
+    oracle.set_adapter("all")
+    expected = logits(oracle.eval())
+    found = on_base(base, tmp_path / "out")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    measured = apart(deltas(base, tmp_path / "out"), weighted(base, sources, weights))
+    assert done.facts["update_error"] == pytest.approx(measured, rel=1e-3, abs=1e-6)
+    assert (measured <= 1e-6) == Combine.ways[how][0]
+
+
+def test_pruning_by_magnitude_is_the_sum_of_the_largest_values(base, pair, tmp_path):
+    Combine(how="magnitude_prune_svd", weights=(0.7, 0.5), density=0.3).run(work(base, tmp_path, *pair))
+    found, expected = deltas(base, tmp_path), {}
+    for weight, directory in zip((0.7, 0.5), pair, strict=True):
+        for name, change in deltas(base, directory).items():
+            kept = change.abs().flatten().sort(descending=True).values[int(0.3 * change.numel()) - 1]
+            pruned = torch.where(change.abs() >= kept, change, 0)
+            expected[name] = expected.get(name, 0) + weight * pruned
+    for name, change in expected.items():
+        a, b = torch.linalg.svd(change)[1], found[name]
+        left_out = a[8:].norm()  # ranks 4 and 4 is what the result has
+        torch.testing.assert_close((change - b).norm(), left_out, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("how", sorted(set(Combine.ways) - {"cat", "svd", "linear"}))
 def test_every_pruning_way_gives_an_adapter_that_loads(base, pair, tmp_path, how):
     done = Combine(how=how, density=0.5).run(work(base, tmp_path, *pair))
@@ -332,6 +431,7 @@ def test_what_cannot_be_combined_is_refused_with_what_can(base, pair, tmp_path):
         (Combine(rank=2), [a, b], "rank is for the ways that end in svd"),
         (Combine(how="ties", density=0.5), [a], "prunes nothing"),
         (Combine(how="svd", rank=2), [a], "truncate"),
+        (Combine(weights=(0.0, 0.0)), [a, b], "all weights are 0"),
     ]:
         with pytest.raises(InvalidRequest, match=words):
             way.check(sources)
@@ -414,6 +514,14 @@ def test_truncating_by_svd_is_the_nearest_and_the_whole_rank_is_itself(base, tmp
     for how in ("first", "svd"):
         Truncate(rank=4, how=how).run(work(base, tmp_path / how, source))
         assert apart(deltas(base, tmp_path / how), whole) <= 1e-6
+    scaled = lora(base, tmp_path / "rs", use_rslora=True)
+    Truncate(rank=4, how="first").run(work(base, tmp_path / "same", scaled))
+    assert apart(deltas(base, tmp_path / "same"), deltas(base, scaled)) <= 1e-6
+    Truncate(rank=2, how="first").run(work(base, tmp_path / "half", scaled))
+    file = load_file(scaled / "adapter_model.safetensors")
+    for name, value in deltas(base, tmp_path / "half").items():
+        a, b = (file[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        torch.testing.assert_close(value, 8 / 2**0.5 * b[:, :2] @ a[:2], rtol=0, atol=1e-6)
     with pytest.raises(InvalidRequest, match="no rank 5"):
         Truncate(rank=5).check([described(source)])
 

@@ -5,7 +5,7 @@ import torch
 from peft import IA3Config
 from safetensors.torch import load_file
 
-from peft_service.errors import InvalidRequest
+from peft_service.errors import InvalidRequest, RunFailed
 from peft_service.methods.arrow import Arrow
 from peft_service.methods.lora import LoRA
 from peft_service.operations import Described
@@ -63,8 +63,32 @@ def test_a_soup_of_what_differs_is_refused():
         Soup().check([one, described("two@1", peft_type="LORA", r=8, target_modules=["q", "v"])])
     with pytest.raises(InvalidRequest, match="no PEFT adapter"):
         Soup().check([one, Described("two@1", one.record, None)])
+    router = Described("x@1", {"spec": {"method": {"kind": "xlora"}}}, {"peft_type": "XLORA"})
+    with pytest.raises(InvalidRequest, match="mean of choices"):
+        Soup().check([router, router])
     with pytest.raises(InvalidRequest, match="not 0"):
         Soup(weights=(1, -1)).check([one, two])
+
+
+def test_positions_have_no_mean(base, tmp_path):
+    """SHiRA's file says by whole numbers which weights it changes: other ones of every adapter."""
+    from peft import ShiraConfig
+
+    def one(place, seed):
+        config = ShiraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", random_seed=seed)
+        return made(base, tmp_path / place, config, seed)
+
+    a, b, c = one("a", 0), one("b", 1), one("c", 0)
+    with pytest.raises(RunFailed, match="points to places"):
+        Soup().run(work(base, tmp_path / "bad", a, b))
+    Soup().run(work(base, tmp_path / "out", a, c))
+    torch.testing.assert_close(on_base(base, tmp_path / "out"), on_base(base, a), rtol=0, atol=0)
+
+
+def test_loras_on_other_layers_have_no_router_between_them():
+    names = [described(f"{n}@1", peft_type="LORA", r=4, target_modules=[n, "v_proj"]) for n in ("q", "k")]
+    with pytest.raises(InvalidRequest, match="combine takes any"):
+        RouteByArrow().check(names)
 
 
 def test_arrow_makes_an_artifact_of_the_method_arrow(base, tmp_path):
