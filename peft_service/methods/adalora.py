@@ -25,24 +25,60 @@ if TYPE_CHECKING:
     from peft_service.base_model import ModelShape
 
 
-class AdaLoRA(LowRank, Method):
-    kind: Literal["adalora"] = "adalora"
-    rank: int = Field(8, ge=1, le=512)
-    """The mean rank of a layer at the end."""
-    initial_rank: int = Field(12, ge=2, le=512)
-    """Of every layer at the start; more than `rank`."""
-    alpha: int = Field(32, ge=1, le=4096)
-    """s = alpha / initial_rank, at any rank."""
+LARGEST = 512
+
+
+class Budgeted(LowRank):
+    """The fields of methods that move ranks between layers while they train, by averaged scores."""
+
     rslora: Literal[False] = False
     begin: float = Field(0.1, ge=0, lt=1)
-    """Part of the steps before the first triple goes."""
+    """Part of the steps before ranks begin to change."""
     end: float = Field(0.7, gt=0, le=1)
     """Part of the steps after which ranks are final."""
     interval: int = Field(10, ge=1)
     """Steps between two decisions."""
     beta1: float = Field(0.85, gt=0, lt=1)
+    """Of the running mean of scores."""
     beta2: float = Field(0.85, gt=0, lt=1)
+    """Of the running mean of how much they vary."""
     orthogonal: float = Field(0.5, ge=0, le=100)
+    """Weight of mean(‖A Aᵀ - I‖, ‖Bᵀ B - I‖) in the loss of a step."""
+
+    def first_decision(self, case: Case) -> int:
+        """The number of updates before which ranks stay as they are."""
+        return int(self.begin * case.steps)
+
+    def last_decision(self, case: Case) -> int:
+        """The number of updates after which ranks are final."""
+        return max(1, min(case.steps, int(self.end * case.steps)))
+
+    def places(self, shape: "ModelShape", most: int) -> int:
+        """Values of `most` triples on every layer."""
+        return sum(most * (d_in + d_out + 1) for _, d_out, d_in in adapted(shape, self.targets))
+
+    def check_phases(self) -> None:
+        """
+        Raises:
+            InvalidRequest: ranks would have no time to change.
+        """
+        if self.begin >= self.end:
+            usual = type(self).model_fields
+            raise InvalidRequest(
+                f"begin {self.begin:g} is not before end {self.end:g}: ranks would have no time to change. "
+                f"The defaults are {usual['begin'].default} and {usual['end'].default}.",
+                param="adapter.begin",
+            )
+
+
+class AdaLoRA(Budgeted, Method):
+    kind: Literal["adalora"] = "adalora"
+    rank: int = Field(8, ge=1, le=LARGEST)
+    """The mean rank of a layer at the end."""
+    initial_rank: int = Field(12, ge=2, le=LARGEST)
+    """Of every layer at the start; more than `rank`."""
+    alpha: int = Field(32, ge=1, le=4096)
+    """s = alpha / initial_rank, at any rank."""
 
     learning_rate: ClassVar[float] = 1e-3
     title: ClassVar[str] = "AdaLoRA"
@@ -76,12 +112,8 @@ class AdaLoRA(LowRank, Method):
         )
         return Pruned(made, self, case)
 
-    def last_decision(self, case: Case) -> int:
-        """The number of updates after which ranks are final."""
-        return max(1, min(case.steps, int(self.end * case.steps)))
-
     def trainable(self, shape: "ModelShape", case: Case) -> int:
-        return sum(self.initial_rank * (i + o + 1) for _, o, i in adapted(shape, self.targets))
+        return self.places(shape, self.initial_rank)
 
     def stored(self, shape: "ModelShape", case: Case) -> int | None:
         return None
@@ -89,16 +121,11 @@ class AdaLoRA(LowRank, Method):
     def check(self, shape: "ModelShape", case: Case) -> None:
         adapted(shape, self.targets)
         if self.rank >= self.initial_rank:
+            above = min(LARGEST, max(self.rank + 1, self.rank * 3 // 2))
+            able = f"initial_rank to {above}" if above > self.rank else f"rank to {self.initial_rank - 1}"
             raise InvalidRequest(
                 f"adalora prunes from initial_rank {self.initial_rank} to rank {self.rank}, which is not "
-                "less: set "
-                f"initial_rank to {max(self.rank + 1, self.rank * 3 // 2)}, or take lora.",
+                f"less: set {able}, or take lora.",
                 param="adapter.initial_rank",
             )
-        if self.begin >= self.end:
-            raise InvalidRequest(
-                f"begin {self.begin:g} is not before end {self.end:g}: ranks would have no time to change. "
-                "The "
-                "defaults are 0.1 and 0.7.",
-                param="adapter.begin",
-            )
+        self.check_phases()

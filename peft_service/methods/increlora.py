@@ -18,31 +18,25 @@ from pydantic import Field
 
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method, adapted
-from peft_service.methods.lora import LowRank
+from peft_service.methods.adalora import LARGEST, Budgeted
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
     from peft_service.base_model import ModelShape
 
 
-class IncreLoRA(LowRank, Method):
+class IncreLoRA(Budgeted, Method):
     kind: Literal["increlora"] = "increlora"
-    rank: int = Field(8, ge=2, le=512)
+    rank: int = Field(8, ge=2, le=LARGEST)
     """The mean rank of a layer at the end; s = alpha / rank all along."""
-    max_rank: int = Field(16, ge=3, le=512)
+    max_rank: int = Field(16, ge=3, le=LARGEST)
     """The most that a layer can have; more than `rank`."""
-    alpha: int = Field(32, ge=1, le=4096)
-    rslora: Literal[False] = False
-    begin: float = Field(0.1, ge=0, lt=1)
-    """Part of the steps before the first layer grows."""
     end: float = Field(0.6, gt=0, le=1)
     """Part of the steps after which ranks are final."""
-    interval: int = Field(10, ge=1)
-    """Steps between two decisions."""
-    beta1: float = Field(0.85, gt=0, lt=1)
-    beta2: float = Field(0.85, gt=0, lt=1)
     orthogonal: float = Field(0.1, ge=0, le=100)
+    """Weight of mean(‖A Aᵀ - I‖, ‖Bᵀ B - I‖) in the loss of a step."""
     score_rows: int = Field(16, ge=1)
+    """Rows of a layer's weight whose gradient is taken for its score."""
 
     learning_rate: ClassVar[float] = 1e-3
     title: ClassVar[str] = "IncreLoRA"
@@ -78,11 +72,11 @@ class IncreLoRA(LowRank, Method):
 
     def decisions(self, case: Case) -> list[int]:
         """After how many updates layers grow."""
-        first, last = int(self.begin * case.steps), max(1, min(case.steps, int(self.end * case.steps)))
+        first, last = self.first_decision(case), self.last_decision(case)
         return [*range(first + self.interval, last, self.interval), last]
 
     def trainable(self, shape: "ModelShape", case: Case) -> int:
-        return sum(self.max_rank * (i + o + 1) for _, o, i in adapted(shape, self.targets))
+        return self.places(shape, self.max_rank)
 
     def stored(self, shape: "ModelShape", case: Case) -> int | None:
         return None
@@ -90,16 +84,11 @@ class IncreLoRA(LowRank, Method):
     def check(self, shape: "ModelShape", case: Case) -> None:
         adapted(shape, self.targets)
         if self.rank >= self.max_rank:
+            above = min(LARGEST, 2 * self.rank)
+            able = f"max_rank to {above}" if above > self.rank else f"rank to {self.max_rank - 1}"
             raise InvalidRequest(
                 f"increlora grows layers to rank {self.rank} on average and {self.max_rank} at most, so all "
-                "would "
-                f"end the same: set max_rank to {2 * self.rank}, or take lora.",
+                f"would end the same: set {able}, or take lora.",
                 param="adapter.max_rank",
             )
-        if self.begin >= self.end:
-            raise InvalidRequest(
-                f"begin {self.begin:g} is not before end {self.end:g}: ranks would have no time to change. "
-                "The "
-                "defaults are 0.1 and 0.6.",
-                param="adapter.begin",
-            )
+        self.check_phases()

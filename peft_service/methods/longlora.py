@@ -29,8 +29,11 @@ ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 class LongLoRA(Method):
     kind: Literal["longlora"] = "longlora"
     rank: int = Field(8, ge=1, le=512)
+    """r, the rows of A and columns of B."""
     alpha: int = Field(16, ge=1, le=4096)
+    """What is added is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of A."""
     context: int | None = Field(None, ge=8, le=1_048_576)
     """T, the tokens that the result is to take; None: training.max_seq_len."""
     share: float = Field(0.25, gt=0, le=1)

@@ -25,13 +25,16 @@ class LowRank(Frozen):
     """The fields of every method that trains an A and a B beside linear layers."""
 
     rank: int = Field(16, ge=1, le=512)
+    """r, the rows of A and columns of B: what is added to a weight has this rank at most."""
     alpha: int = Field(32, ge=1, le=4096)
+    """What is added is scaled by s = alpha / rank, so that a rate goes on fitting when the rank changes."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of A; 0 keeps every forward pass deterministic."""
     targets: tuple[str, ...] | None = Field(None, min_length=1)
     """Last parts of the module names that are adapted; None: every linear layer of the transformer's
     blocks."""
     rslora: bool = False
+    """s = alpha / sqrt(rank), which keeps large ranks from learning too little."""
 
     @property
     def scaling(self) -> float:
@@ -98,6 +101,7 @@ class LoRA(LowRank, Method):
         "olora": {"init": "olora"},
         "eva": {"init": "eva"},
         "loftq": {"init": "loftq", "base.quantize": "nf4"},
+        "orthogonal_lora": {"init": "orthogonal"},
     }
     small: ClassVar[dict[str, Any]] = {"rank": 4, "alpha": 8}
 

@@ -2,9 +2,9 @@
 
 Zhang et al. 2023, arXiv:2305.18403. The gradient of a frozen W is estimated from those of A and B, which
 train: ĝ = g_B A + B g_A - g_B g_A. A weight's importance is |ĝ ⊙ (W + s B A)|; a group's is the sum over its
-weights, each module's divided by their norm, averaged over all steps. Groups are the key-value heads (the rows of
-q, k, v and columns of o of all query heads that share one) and the channels (rows of gate and up, columns of
-down). Every `every` steps the least important of each layer are masked, up to
+weights, each module's divided by their norm, averaged over all steps. Groups are the key-value heads (the
+rows of q, k, v and columns of o of all query heads that share one) and the channels (rows of gate and up,
+columns of down). Every `every` steps the least important of each layer are masked, up to
 sparsity (1 - (1 - t)^3) of them; at the end they are cut out of W + s B A.
 
 Two deviations. The paper leaves the first tenth of the layers and the last one whole: a transformers config
@@ -31,8 +31,11 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 class LoRAPrune(Method):
     kind: Literal["loraprune"] = "loraprune"
     rank: int = Field(8, ge=1, le=512)
+    """r, the rows of A and columns of B."""
     alpha: int = Field(16, ge=1, le=4096)
+    """What is added is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of A."""
     sparsity: float = Field(0.5, gt=0, lt=1)
     """The part of each layer's channels, and of its key-value heads as far as whole ones allow, that goes."""
     heads: bool = True

@@ -65,6 +65,8 @@ class Admitted:
     nf4: bool = True
     divides: Callable[[Settings], Mapping[str, int]] = field(default=lambda c: {})
     """"in" and "out" -> what must divide a layer's width."""
+    most: Mapping[str, Callable[[int, int], int]] = field(default_factory=dict)
+    """Setting -> the most that it can be on a layer of (d_out, d_in)."""
 
 
 def _each(of: Callable[[int, int, Settings], int]) -> Callable[[Linears, Settings], int]:
@@ -140,7 +142,7 @@ ADMITTED: dict[str, Admitted] = {
     ),
     "SHIRA": Admitted(
         "https://arxiv.org/abs/2406.13175", 3e-4, {"r": 32, "mask_type": "random", "random_seed": 0},
-        _low_rank(), kept_more=True,
+        _low_rank(), kept_more=True, most={"r": lambda o, i: o * i // (o + i)},
     ),
     "LOHA": Admitted(
         "https://arxiv.org/abs/2108.06098", 2e-4,
@@ -178,18 +180,19 @@ ADMITTED: dict[str, Admitted] = {
          "psoft_svd_lowrank_niter": 10, "random_seed": 0, "psoft_orth": True, "psoft_mag_b": True,
          "psoft_mag_a": True, "use_cayley_neumann": False, "num_cayley_neumann_terms": 5,
          "cayley_neumann_eps": None},
-        _each(_psoft), nf4=False, kept_more=True,
+        _each(_psoft), nf4=False, kept_more=True, most={"r": min},
     ),
     "FOURIERFT": Admitted(
         "https://arxiv.org/abs/2405.03003", 1e-2,
         {"n_frequency": 1000, "scaling": 150.0, "random_loc_seed": 777},
         _each(lambda o, i, c: c["n_frequency"]), starts_as_base=False, mergeable=False,
+        most={"n_frequency": lambda o, i: o * i},
     ),
     "WAVEFT": Admitted(
         "https://arxiv.org/abs/2505.12532", 1e-2,
         {"n_frequency": 2592, "scaling": 25.0, "wavelet_family": "db1", "use_idwt": True,
          "random_loc_seed": 777},
-        _each(lambda o, i, c: c["n_frequency"]),
+        _each(lambda o, i, c: c["n_frequency"]), most={"n_frequency": lambda o, i: o * i},
     ),
     "C3A": Admitted(
         "https://arxiv.org/abs/2407.19342", 1e-2, {"block_size": 64},
@@ -228,7 +231,7 @@ ADMITTED: dict[str, Admitted] = {
     ),
     "MISS": Admitted(
         "https://arxiv.org/abs/2409.15371", 2e-4, {"r": 64, "miss_dropout": 0.0},
-        _each(lambda o, i, c: c["r"] * o),
+        _each(lambda o, i, c: c["r"] * o), most={"r": lambda o, i: i},
     ),
     "HIRA": Admitted("", 1e-3, {"r": 32, "hira_dropout": 0.0}, _low_rank()),
     "GRALORA": Admitted(
@@ -243,6 +246,7 @@ ADMITTED: dict[str, Admitted] = {
     "OSF": Admitted(
         "https://arxiv.org/abs/2504.07097", 5e-5, {"effective_rank": None},
         _each(lambda o, i, c: (min(o, i) - (c["effective_rank"] or min(o, i) // 2)) * (o + i + 1)), nf4=False,
+        most={"effective_rank": lambda o, i: min(o, i) - 1},
     ),
     "PEANUT": Admitted(
         "https://arxiv.org/abs/2410.01870", 5e-4, {"r": 32, "act_fn": "relu", "scaling": 1.0},
@@ -260,6 +264,48 @@ ADMITTED: dict[str, Admitted] = {
     ),
 }  # fmt: skip
 """Type of peft -> what it needs; in the order of methods.md."""
+
+_WORDS: dict[str, tuple[str, ...]] = {
+    "mask_type": ("random",),
+    "variant": tuple(_ROAD),
+    "ab_svd_init": ("psoft_init", "pissa_init"),
+    "psoft_svd": ("full", "lowrank"),
+    "decomposition_method": ("relu", "qr"),
+    "act_fn": ("relu", "gelu", "silu", "tanh", "sigmoid"),
+    "wavelet_family": tuple(f"db{number}" for number in range(1, 11)),
+}
+"""Setting -> what it can be."""
+_WHOLE = ("effective_rank", "generator_seed")
+"""Settings that are whole numbers though their default is none."""
+_LEAST = {"num_cayley_neumann_terms": 2, "psoft_svd_lowrank_niter": 0}
+"""Whole number -> its least value, where that is not 1, or 0 for a seed."""
+_BELOW = {"dropout": 1.0, "sparsity": 1.0, "cayley_neumann_eps": 1.0}
+"""Part of a setting's name -> what its number must be below."""
+_TOGETHER = (("gralora_k", "r", True), ("topk", "num_vectors", False))
+"""(setting, another, whether it must divide that, or else not be more)."""
+
+
+def _unlike(key: str, value: Any, usual: Any) -> str:
+    """What the setting should be, where `value` is not that."""
+    if isinstance(usual, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(usual, str):
+        return "" if value in _WORDS[key] else f"one of {', '.join(_WORDS[key])}"
+    if isinstance(usual, list):
+        right = isinstance(value, list) and all(type(entry) is int for entry in value)
+        return "" if right and len(set(value)) == len(value) else "a list of different whole numbers"
+    if value is None and usual is None:
+        return ""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(usual, int) or key in _WHOLE:
+        least = 0 if "seed" in key or key == "projection_prng_key" else _LEAST.get(key, 1)
+        right = number and isinstance(value, int) and (value >= least or value == usual)
+        return "" if right else f"a whole number, at least {least}"
+    most = next((most for part, most in _BELOW.items() if part in key), math.inf)
+    right = number and value < most and (value > 0 or (value == 0 and "dropout" in key))
+    below = f" and below {most:g}" if most < math.inf else ""
+    return "" if right else f"a number {'from' if 'dropout' in key else 'above'} 0{below}"
+
 
 NOT_OFFERED: dict[str, tuple[str, ...]] = {
     "OFT": ("r",),
@@ -378,12 +424,10 @@ class PeftNative(Method):
         there = ADMITTED[self.type].settings
         for key, value in self.config.items():
             if key in there:
-                usual = there[key]
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                if isinstance(usual, bool) != isinstance(value, bool) or (
-                    isinstance(usual, int | float) and not (number or isinstance(value, bool))
-                ):
-                    raise ValueError(f"config.{key} of {self.type} is like {usual!r}, not {value!r}.")
+                if wanted := _unlike(key, value, there[key]):
+                    raise ValueError(
+                        f"config.{key} of {self.type} is {wanted}, by default {there[key]!r}; not {value!r}."
+                    )
                 continue
             near = difflib.get_close_matches(key, there, 1)
             meant = f" Did you mean {near[0]!r}?" if near else ""
@@ -391,6 +435,16 @@ class PeftNative(Method):
                 f"config: {self.type} has no setting {key!r}.{meant} It has: "
                 f"{', '.join(sorted(there)) or 'none'}."
             )
+        settings = self.settings
+        for part, whole, divided in _TOGETHER:
+            if part in settings and whole in settings and (
+                settings[whole] % settings[part] if divided else settings[part] > settings[whole]
+            ):  # fmt: skip
+                relation = "divide" if divided else "be at most"
+                raise ValueError(
+                    f"config.{part} of {self.type} is {settings[part]} and must {relation} config.{whole}, "
+                    f"which is {settings[whole]}."
+                )
         return self
 
     @property
@@ -467,13 +521,14 @@ class PeftNative(Method):
                     f"{shape.vocab - 1}; it is {settings['token_indices']}.",
                     param="adapter.config",
                 )
-        if (wanted := settings.get("n_frequency")) is not None:
+        for key, limit in told.most.items():
             layers = adapted(shape.for_task(case.task), self.targets)
-            name, d_out, d_in = min(layers, key=lambda layer: layer[1] * layer[2])
-            if wanted > d_out * d_in:
+            name, d_out, d_in = min(layers, key=lambda layer: limit(*layer[1:]))
+            if settings[key] is not None and settings[key] > limit(d_out, d_in):
                 raise InvalidRequest(
-                    f"{self.type}: {name} has {d_out} x {d_in} = {d_out * d_in} frequencies, fewer than "
-                    f"config.n_frequency {wanted}; choose at most so many, or other targets.",
+                    f"{self.type}: {name} is {d_out} x {d_in}, which allows config.{key} up to "
+                    f"{limit(d_out, d_in)}, and it is {settings[key]}: set it to that or less, or choose "
+                    "other targets.",
                     param="adapter.config",
                 )
         divisors = told.divides(settings)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class QALoRA(Method):
     kind: Literal["qa_lora"] = "qa_lora"
     rank: int = Field(16, ge=1, le=512)
+    """r, the rows of A and columns of B."""
     alpha: int = Field(32, ge=1, le=4096)
     """s = alpha / rank, for every input of a group."""
     group: int = Field(32, ge=1, le=4096)

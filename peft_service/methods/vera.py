@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 class VeRA(Method):
     kind: Literal["vera"] = "vera"
     rank: int = Field(256, ge=1, le=4096)
+    """r, the rows of A and columns of B; only d, of that many values, trains."""
     d_initial: float = Field(0.1, gt=0, le=10)
+    """First value of d."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of A."""
     targets: tuple[str, ...] | None = Field(None, min_length=1)
     """Last parts of the module names that are adapted; None: every linear layer of the transformer's
     blocks."""
@@ -39,8 +42,8 @@ class VeRA(Method):
     limits: ClassVar[str] = (
         "Below LoRA at equal cost. The file has A and B besides the vectors: rank * (widest d_in + widest "
         "d_out) "
-        "values, unless save_projection is false. Adapters are switched on one base only if they have the same "
-        "rank, projection_seed and widest layers."
+        "values, unless save_projection is false. Adapters are switched on one base only if they have the "
+        "same rank, projection_seed and widest layers."
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {}
     small: ClassVar[dict[str, Any]] = {"rank": 16}

@@ -23,7 +23,7 @@ class Pruned(TripleLayers):
     def __init__(self, model: Any, method: "AdaLoRA", case: Case) -> None:
         super().__init__(model, method.scaling, 0.0, method.orthogonal, case.seed)
         self.method = method
-        self.begin = int(method.begin * case.steps)
+        self.begin = method.first_decision(case)
         self.end = method.last_decision(case)
         self.initial = method.initial_rank * len(self.layers)
         self.target = method.rank * len(self.layers)

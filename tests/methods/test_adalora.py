@@ -240,3 +240,5 @@ def test_a_rank_that_is_not_less_than_the_first_is_refused(root):
     assert caught.value.param == "adapter.initial_rank"
     with pytest.raises(InvalidRequest, match="before end"):
         AdaLoRA(begin=0.8, end=0.5).check(shape, Case())
+    with pytest.raises(InvalidRequest, match="set rank to 11"):
+        AdaLoRA(rank=512).check(shape, Case())  # no initial_rank is above that

@@ -46,3 +46,26 @@ def test_lengths_and_directions_both_train(root):
         live.step(step)
     assert all(not torch.equal(before[name], _magnitude(layer)) for name, layer in layers.items())
     assert all(up(layer).weight.any() for layer in layers.values())
+
+
+def test_lengths_beside_a_bfloat16_base_are_float32_and_move_at_the_methods_own_rate(root):
+    """Rounded to bfloat16, a length moves by 1/256 of itself or not at all."""
+    from peft_service import base_model
+    from peft_service.methods import Case, Material
+    from tests.methods import checks
+
+    model = base_model.load(checks.directory_of("llama", root), precision="bf16")
+    attached = DoRA(rank=4, alpha=8).attach(model, Case(), Material())
+    layers = lora_layers(attached.model)
+    before = {name: _magnitude(layer).detach().clone() for name, layer in layers.items()}
+    optimizer = torch.optim.AdamW(
+        [p for p in attached.model.parameters() if p.requires_grad], lr=DoRA().rate()
+    )
+    ids = torch.arange(24).reshape(2, 12) + 5
+    attached.model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, layer in layers.items():
+        assert _magnitude(layer).dtype == torch.float32
+        assert layer.get_base_layer().weight.dtype == torch.bfloat16
+        assert not torch.equal(before[name], _magnitude(layer))
+        assert torch.equal(before[name].bfloat16(), _magnitude(layer).bfloat16()), "nothing was tested"

@@ -169,3 +169,7 @@ def test_ranks_that_could_not_differ_are_refused(root):
     with pytest.raises(InvalidRequest, match="max_rank") as caught:
         IncreLoRA(rank=8, max_rank=8).check(checks.shape_of("llama", root), Case())
     assert caught.value.param == "adapter.max_rank"
+    with pytest.raises(InvalidRequest, match="set rank to 15"):
+        IncreLoRA(rank=512).check(checks.shape_of("llama", root), Case())  # no max_rank is above that
+    with pytest.raises(InvalidRequest, match=r"defaults are 0\.1 and 0\.6"):
+        IncreLoRA(begin=0.7).check(checks.shape_of("llama", root), Case())

@@ -57,6 +57,30 @@ def test_it_is_masked_attention_written_out(length, group):
         assert float((found[:, head] - wanted).abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize(("length", "group"), [(32, 8), (64, 16), (24, 24)])
+def test_it_is_the_papers_roll_but_for_what_that_leaks(length, group):
+    """The paper's figure, group by group and head by head: half of the heads are rolled by half a group, and
+    every group attends causally. There the last tokens come before the first, which is the one difference."""
+    q, k, v = qkv(length)
+    half = group // 2
+    found = shifted_sparse_attention(q, k, v, group, half)
+    leaked = 0.0
+    for row in range(2):
+        for head in range(4):
+            shift = half if head >= 2 else 0
+            rolled = [x[row, head].roll(-shift, 0) for x in (q, k, v)]
+            out = torch.zeros(length, 8, dtype=torch.float64)
+            for start in range(0, length, group):
+                for i in range(start, start + group):
+                    scores = torch.stack([rolled[0][i] @ rolled[1][j] / 8**0.5 for j in range(start, i + 1)])
+                    for j, weight in enumerate(scores.softmax(0)):
+                        out[i] += weight * rolled[2][start + j]
+            gap = (out.roll(shift, 0) - found[row, head]).abs().amax(1)
+            assert float(gap[shift:].max()) < 1e-12
+            leaked = max(leaked, float(gap[:shift].max()) if shift else 0.0)
+    assert leaked > 1e-2
+
+
 def test_one_group_without_a_shift_is_full_attention():
     q, k, v = qkv()
     full = functional.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
-from peft_service import methods
+from peft_service import base_model, methods
 from peft_service.methods.peft import ADMITTED, NOT_OFFERED, REFUSED, RESERVED, PeftNative
 from tests.methods import checks
 from tests.methods.checks import Trial
@@ -120,7 +120,26 @@ def test_it_learns(name, root):
         ({"type": "ADAMSS"}, "scikit-learn"),
         ({"type": "LOHA", "config": {"rnk": 4}}, "Did you mean 'r'|It has: alpha"),
         ({"type": "LOHA", "config": {"rank_dropuot": 0.1}}, "Did you mean 'rank_dropout'"),
-        ({"type": "LOHA", "config": {"r": "four"}}, "is like 8"),
+        ({"type": "LOHA", "config": {"r": "four"}}, "is a whole number, at least 1, by default 8"),
+        ({"type": "LOHA", "config": {"r": 0}}, "at least 1"),
+        ({"type": "LOHA", "config": {"r": 2.5}}, "a whole number"),
+        ({"type": "LOHA", "config": {"r": True}}, "a whole number"),
+        ({"type": "LOHA", "config": {"module_dropout": 1.0}}, "from 0 and below 1"),
+        ({"type": "LOHA", "config": {"rank_dropout": float("nan")}}, "from 0 and below 1"),
+        ({"type": "OFT", "config": {"oft_block_size": 0}}, "at least 1"),
+        ({"type": "OFT", "config": {"num_cayley_neumann_terms": 1}}, "at least 2"),
+        ({"type": "OFT", "config": {"coft": 1}}, "true or false"),
+        ({"type": "SHIRA", "config": {"mask_type": "best"}}, "one of random"),
+        ({"type": "ROAD", "config": {"variant": "road_3"}}, "one of road_1, road_2, road_4"),
+        ({"type": "OSF", "config": {"effective_rank": 0}}, "at least 1"),
+        ({"type": "SUPERTUNING", "config": {"sparsity": 1.0}}, "above 0 and below 1"),
+        (
+            {"type": "TRAINABLE_TOKENS", "config": {"token_indices": ["a"]}},
+            "a list of different whole numbers",
+        ),
+        ({"type": "TRAINABLE_TOKENS", "config": {"token_indices": [5, 5]}}, "a list of different"),
+        ({"type": "GRALORA", "config": {"r": 5}}, "must divide config.r, which is 5"),
+        ({"type": "VBLORA", "config": {"num_vectors": 1}}, "must be at most config.num_vectors"),
     ],
 )
 def test_what_is_not_there_is_refused_with_what_is(fields, said):
@@ -132,6 +151,33 @@ def test_a_block_that_does_not_divide_is_refused_before_anything_runs(root):
     trial = Trial(PeftNative(type="OFT", config={"oft_block_size": 24}), "llama", "causal_lm")
     with pytest.raises(methods.InvalidRequest, match="such as 8"):
         methods.admit(trial.method, checks.shape_of("llama", root), checks.case_of(trial))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("SHIRA", {}, r"k_proj is 16 x 32, which allows config\.r up to 10, and it is 32"),
+        ("PSOFT", {}, r"config\.r up to 16"),
+        ("MISS", {}, r"config\.r up to 32"),
+        ("OSF", {"effective_rank": 16}, r"config\.effective_rank up to 15"),
+        ("FOURIERFT", {}, r"config\.n_frequency up to 512"),
+        ("WAVEFT", {"n_frequency": 513}, r"config\.n_frequency up to 512"),
+    ],
+)
+def test_what_is_too_much_for_the_narrowest_layer_is_refused_with_the_most_there_is(name, config, said, root):
+    """The installed peft fails on these while it attaches, but for OSF, which then has nothing to train."""
+    trial = Trial(PeftNative(type=name, config=config), "llama", "causal_lm")
+    with pytest.raises(methods.InvalidRequest, match=said) as refused:
+        methods.admit(trial.method, checks.shape_of("llama", root), checks.case_of(trial))
+    assert refused.value.param == "adapter.config"
+    if name == "OSF":
+        return
+    with pytest.raises((ValueError, RuntimeError)):
+        trial.method.attach(
+            base_model.load(checks.directory_of("llama", root), precision="fp32"),
+            checks.case_of(trial),
+            methods.Material(),
+        )
 
 
 @pytest.mark.parametrize("name", ADMITTED)

@@ -78,6 +78,16 @@ def test_the_merge_moves_zero_points_only_and_is_exact(dtype):
     assert torch.equal(made.zero, moved)
 
 
+def test_a_merged_zero_point_is_the_formula_value_by_value():
+    made, _, (_, scale, zero, a, b) = layer()
+    made.merge()
+    for out in range(24):
+        for g in range(6):
+            moved = sum(float(b[out, r]) * float(a[r, g]) for r in range(3))
+            wanted = float(zero[out, g]) - 1.7 * moved / float(scale[out, g])
+            assert float(made.zero[out, g]) == pytest.approx(wanted, rel=1e-12)
+
+
 def test_gradients_are_those_of_the_formula():
     made, _, (codes, scale, zero, a, b) = layer()
     x = torch.randn(7, 48, dtype=torch.float64, requires_grad=True)
