@@ -263,12 +263,23 @@ def compatibility_of(
     return {
         "peft": {
             "ok": True,
-            "reason": None if plain else "after `import peft_service.tuners`, which registers its type",
+            "reason": _told_to_peft(config)
+            if plain
+            else "after `import peft_service.tuners`, which registers its type",
         },
         "vllm": {**served, "needs": needs},
         "ray_serve_llm": {**served, "needs": needs},
         "lorax": {**served, "needs": {}},
     }
+
+
+def _told_to_peft(config: Mapping[str, Any]) -> str | None:
+    """What plain peft wants to be told besides the directory."""
+    if config.get("peft_type") == "XLORA":
+        return "with adapters=, the folders 0, 1, … beside it; peft_service.artifact.load finds them itself"
+    if config.get("peft_type") in ("POLY", "MULTITASK_PROMPT_TUNING"):
+        return "with task_ids, the number of every row's task, at each call"
+    return None
 
 
 def card_of_operation(

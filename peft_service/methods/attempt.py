@@ -57,7 +57,7 @@ class Attempt(Method):
         starts_as_base=False,
         mergeable=False,
         carrier="registered",
-        servers=(),
+        servers=("peft",),
         why={
             "starts_as_base": STARTS,
             "mergeable": NOT_MERGEABLE,

@@ -43,7 +43,7 @@ class PTuning(Method):
         starts_as_base=False,
         mergeable=False,
         carrier="registered",
-        servers=(),
+        servers=("peft",),
         why={
             "starts_as_base": "virtual tokens stand in the input from the first step on",
             "mergeable": NOT_MERGEABLE,

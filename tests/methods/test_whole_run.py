@@ -146,6 +146,7 @@ def test_from_a_request_to_the_catalog(kind, store, published, gate_here, tmp_pa
     assert set(said) == set(SERVERS)
     for server, told in said.items():
         assert told["ok"] or len(told["reason"]) > 10, (server, told)
+    assert said["peft"]["ok"] == ("peft" in trial.method.can.servers)
     assert said["vllm"]["ok"] == (kind in SERVED or kind in ("full", "loraprune")), said["vllm"]
     assert ("/adapters/" in f"/{entry.location}") == (kind in SERVED)
     card = store.get(f"{entry.location}/README.md").decode()
