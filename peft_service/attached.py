@@ -68,16 +68,25 @@ class Attached:
 
     @staticmethod
     def save_peft(
-        model: Any, trainable: Mapping[str, Tensor], directory: Path, base: "tuple[str, str | None]"
+        model: Any,
+        trainable: Mapping[str, Tensor],
+        directory: Path,
+        base: "tuple[str, str | None]",
+        **fields: Any,
     ) -> None:
-        """The adapter of a PeftModel in PEFT's own layout."""
+        """The adapter of a PeftModel in PEFT's own layout; `fields` of its configuration are other than the
+        live one's, where the file has less than what trained."""
         model.save_pretrained(
             directory, state_dict=dict(trainable), safe_serialization=True, save_embedding_layers=False
         )
         # PEFT's card names the trainer's local path as the base; ours is written when the adapter has a name.
         (directory / "README.md").unlink(missing_ok=True)
         config = directory / "adapter_config.json"
-        told = json.loads(config.read_text()) | {"base_model_name_or_path": base[0], "revision": base[1]}
+        told = (
+            json.loads(config.read_text())
+            | {"base_model_name_or_path": base[0], "revision": base[1]}
+            | fields
+        )
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method
-from peft_service.methods.adapter import Bottlenecks, Variant, widths
+from peft_service.methods.adapter import NO_SERVER, Bottlenecks, Variant, widths
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
@@ -58,7 +58,7 @@ class AdapterFusion(Bottlenecks, Method):
         why={
             "starts_as_base": "before its first step it mixes the members, which change the base",
             "mergeable": "its members have nonlinearities, which no weight of the base can express. Use lora",
-            "servers": "vLLM, LoRAX and Ray Serve load LoRA files only. Use lora there",
+            "servers": NO_SERVER,
         },
     )
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method, matches
+from peft_service.methods.full import NO_SWITCH
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
@@ -37,7 +38,7 @@ class BitFit(Method):
             "nf4": "bitsandbytes casts the biases of its layers to the compute dtype while they train. Use "
             "kind peft with type BEFT, which adds biases of its own, or QLoRA",
             "weight_decay": "decay pulls a pretrained bias towards zero, whatever the data say. Set it to 0",
-            "hot_switch": "it is applied to the base's own weights and reverted. Use LoRA for switching",
+            "hot_switch": NO_SWITCH,
         },
     )
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method
-from peft_service.methods.full import NO_NF4
+from peft_service.methods.full import NO_NF4, NO_SWITCH
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
@@ -54,17 +54,16 @@ class ChildTuning(Method):
         why={
             "nf4": NO_NF4,
             "weight_decay": "decay moves the weights outside of the child network too. Set it to 0",
-            "hot_switch": "it is applied to the base's own weights and reverted. Use LoRA for switching",
+            "hot_switch": NO_SWITCH,
         },
     )
 
     def attach(self, model: Any, case: Case, material: Material) -> "Attached":
-        from peft_service.tuners.in_place import ChildD, ChildF
+        from peft_service.tuners.in_place import ChildD, ChildF, first_phase
 
         if self.variant == "f":
             return ChildF(model, self.kind, self.share, case.seed)
-        phase = min(max(1, round(self.fisher * case.steps)), max(1, case.steps - 1))
-        return ChildD(model, self.kind, self.share, phase)
+        return ChildD(model, self.kind, self.share, first_phase(self.fisher, case.steps))
 
     def trainable(self, shape: "ModelShape", case: Case) -> int:
         return shape.for_task(case.task).body_parameters

@@ -12,6 +12,7 @@ NO_NF4 = (
     "it changes the base's own weights, and a weight of four bits has no small step to take. Use the base "
     "without base.quantize, or QLoRA"
 )
+NO_SWITCH = "it is applied to the base's own weights and reverted. Use LoRA for switching"
 
 
 class Full(Method):

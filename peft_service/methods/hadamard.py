@@ -12,6 +12,7 @@ from pydantic import Field
 from peft_service import sites
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method, head
+from peft_service.methods.adapter import NO_SERVER
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
@@ -52,7 +53,7 @@ class Hadamard(Method):
             "Set it to 0",
             "mergeable": "b needs a bias to go to, which bases such as LLaMA and T5 do not have. PEFT's own "
             "merge_and_unload does it on those that have one (BERT, GPT-2, BART)",
-            "servers": "vLLM, LoRAX and Ray Serve load LoRA files only. Use lora there",
+            "servers": NO_SERVER,
         },
     )
 

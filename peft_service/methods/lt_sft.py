@@ -11,7 +11,7 @@ from pydantic import Field
 
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method
-from peft_service.methods.full import NO_NF4
+from peft_service.methods.full import NO_NF4, NO_SWITCH
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
@@ -52,15 +52,14 @@ class LTSFT(Method):
         why={
             "nf4": NO_NF4,
             "weight_decay": "decay moves the weights that the difference leaves alone. Set it to 0",
-            "hot_switch": "it is applied to the base's own weights and reverted. Use LoRA for switching",
+            "hot_switch": NO_SWITCH,
         },
     )
 
     def attach(self, model: Any, case: Case, material: Material) -> "Attached":
-        from peft_service.tuners.in_place import LotteryTicket
+        from peft_service.tuners.in_place import LotteryTicket, first_phase
 
-        steps = min(max(1, round(self.first_phase * case.steps)), max(1, case.steps - 1))
-        return LotteryTicket(model, self.kind, self.density, steps)
+        return LotteryTicket(model, self.kind, self.density, first_phase(self.first_phase, case.steps))
 
     def trainable(self, shape: "ModelShape", case: Case) -> int:
         return shape.for_task(case.task).body_parameters

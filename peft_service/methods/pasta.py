@@ -13,6 +13,7 @@ from pydantic import Field
 from peft_service import sites
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method
+from peft_service.methods.adapter import NO_SERVER
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
@@ -57,7 +58,7 @@ class Pasta(Method):
         why={
             "mergeable": "it changes hidden states at some tokens only, which no weight of the base can. "
             "Use ssf",
-            "servers": "vLLM, LoRAX and Ray Serve load LoRA files only. Use lora there",
+            "servers": NO_SERVER,
         },
     )
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from peft_service import sites
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method
+from peft_service.methods.adapter import NO_SERVER
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
@@ -53,7 +54,7 @@ class TinyAttention(Method):
         servers=("peft",),
         why={
             "mergeable": "it is an attention of its own, which no weight of the base can express. Use lora",
-            "servers": "vLLM, LoRAX and Ray Serve load LoRA files only. Use lora there",
+            "servers": NO_SERVER,
         },
     )
 

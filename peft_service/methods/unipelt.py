@@ -12,7 +12,7 @@ from pydantic import Field
 
 from peft_service import sites
 from peft_service.methods import Capabilities, Case, Material, Method
-from peft_service.methods.adapter import Activation, widths
+from peft_service.methods.adapter import NO_SERVER, Activation, widths
 from peft_service.methods.prefix_tuning import STARTS, check_prefix, prefix_values
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class UniPELT(Method):
             "prefix_tuning, which is the same without gates",
             "starts_as_base": STARTS,
             "mergeable": "its gates depend on the input, so no weight of the base can express it. Use lora",
-            "servers": "vLLM, LoRAX and Ray Serve load LoRA files only. Use lora there",
+            "servers": NO_SERVER,
         },
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peft_service.errors import InvalidRequest
 from peft_service.methods import Capabilities, Case, Material, Method
+from peft_service.methods.full import NO_SWITCH
 
 if TYPE_CHECKING:
     from peft_service.attached import Attached
@@ -37,11 +38,13 @@ class Xattn(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.08771"
     summary: ClassVar[str] = "Only the attention of the decoder on the encoder trains."
     formula: ClassVar[str] = (
-        "q, k, v and o of the cross-attention train in place; 4d² (+ 4d biases) a decoder layer, + its norm, + "
-        "V·d of the embeddings"
+        "q, k, v and o of the cross-attention train in place; 4d² (+ 4d biases) a decoder layer, + its "
+        "norm, + V·d of the embeddings"
     )
     use_when: ClassVar[str] = "A translation model is to learn a language pair without forgetting others."
-    limits: ClassVar[str] = "Encoder-decoders only. No rows are added to the vocabulary: a new language takes the base's tokens."
+    limits: ClassVar[str] = (
+        "Encoder-decoders only. No rows are added to the vocabulary: a new language takes the base's tokens."
+    )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {
         "cross_attention": {},
         "cross_attention_tuning": {},
@@ -62,7 +65,7 @@ class Xattn(Method):
             "tasks": "the model for that task has no cross-attention, or is no encoder-decoder. Use LoRA",
             "nf4": "it changes the base's own weights. Use LoRA on the cross-attention's layers",
             "weight_decay": "decay pulls pretrained weights towards zero, whatever the data say. Set it to 0",
-            "hot_switch": "it is applied to the base's own weights and reverted. Use LoRA for switching",
+            "hot_switch": NO_SWITCH,
         },
     )
 

@@ -126,6 +126,11 @@ def bernoulli(seed: int, step: int, name: str, share: float, like: Tensor) -> Te
     return torch.rand(like.shape, generator=generator, device=like.device) < share
 
 
+def first_phase(share: float, steps: int) -> int:
+    """Steps of a first phase that is to have `share` of them all: one at least, and one is left."""
+    return min(max(1, round(share * steps)), max(1, steps - 1))
+
+
 class Masked(InPlace):
     """Chooses in a first phase which weights train in the second: exactly `share` of the body, over all
     tensors together. What was not chosen ends with the bits it began with; a sparse delta holds the rest."""

@@ -248,18 +248,12 @@ class TemplatePrompted(Attached):
         return {"boundary_B": first_B}
 
     def save(self, trainable: Mapping[str, Tensor], directory: Path, base: "tuple[str, str | None]") -> None:
-        import json
-
         mark = ".template_prompt_parts.default."
         own = {name.partition(mark)[2]: t.float() for name, t in trainable.items() if mark in name}
         where = next(name.partition(mark)[0] for name in trainable if mark in name)
         kept = {name: tensor for name, tensor in trainable.items() if mark not in name}
         kept[f"{where}{mark}weight"] = table_of(self.config, own)
-        self.save_peft(self.model, kept, directory, base)
-        path = directory / "adapter_config.json"
-        path.write_text(
-            json.dumps(json.loads(path.read_text()) | {"encoder": "none"}, indent=2, sort_keys=True) + "\n"
-        )
+        self.save_peft(self.model, kept, directory, base, encoder="none")
 
 
 def table_of(config: TemplatePromptConfig, tensors: Mapping[str, Tensor]) -> Tensor:

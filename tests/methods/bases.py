@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from peft_service import shipped
 from peft_service.formats import FORMATS
 from peft_service.objectives import OBJECTIVES
 from peft_service.tokenise import Meaning, tokenise
@@ -22,6 +23,8 @@ ARCHITECTURES = {
     "bart": "encoder_decoder",
 }
 """Of each architecture first the one without biases."""
+SHIPPED = "shipped"
+"""The base of the package: no tiny one, but a pretrained decoder."""
 WORDS = ("sky", "sea", "dog", "fox", "river", "town", "sum", "five", "blue", "lazy", "quick", "colour")
 LABELS = ("bird", "fish", "tree")
 
@@ -81,6 +84,10 @@ def model(kind: str, seed: int = 0):
 
 def tokenizer(kind: str):
     """The tiny tokenizer; an encoder's and an encoder-decoder's put their own tokens around a text."""
+    if kind == SHIPPED:
+        from peft_service.base_model import load_tokenizer
+
+        return load_tokenizer(shipped.path())
     from tokenizers.processors import TemplateProcessing
 
     made = tiny_tokenizer()
