@@ -30,6 +30,7 @@ from jobs.queue import CheckpointRow, EventRow, JobRow, NewJob
 from jobs.request import CreateJob, Known, Resolved, Wanted
 from peft_service import catalog
 from peft_service.errors import Conflict, InvalidRequest, NotFound, ObjectNotFound, PeftServiceError
+from peft_service.methods import Method
 from peft_service.spec import Base, Source
 
 router = APIRouter()
@@ -273,15 +274,14 @@ def preflight(caller: AsCaller, raw: Raw) -> Preflight:
     )
 
 
-def _sources(
-    caller: Caller, references: tuple[str, ...], base: Base, of: tuple[str, ...]
-) -> tuple[Source, ...]:
-    """The published adapters that a method starts from; they must be of the very base, and of methods `of`.
+def _sources(caller: Caller, method: Method, base: Base) -> tuple[Source, ...]:
+    """The published adapters that a method starts from; they must be of the very base, and of its methods.
 
     Raises:
-        InvalidRequest: one is not there, or is an adapter of another base.
+        InvalidRequest: one is not there, or is an adapter of another base, or of another size.
     """
-    found = []
+    found, of = [], method.sources_of
+    references: tuple[str, ...] = getattr(method, "sources", ())
     for number, reference in enumerate(references):
         param = f"adapter.sources[{number}]"
         with reading(caller.engine) as conn:
@@ -304,6 +304,15 @@ def _sources(
                 code="method_not_applicable",
                 param=param,
             )
+        made = row.manifest["record"]["spec"]["method"]
+        for name in method.as_sources:
+            if made.get(name) != (mine := getattr(method, name)):
+                raise InvalidRequest(
+                    f"{reference} has {name} {made.get(name)}, and this job {mine}: set {name} to "
+                    f"{made.get(name)}, or give sources with {mine}",
+                    code="invalid_value",
+                    param=f"adapter.{name}",
+                )
         found.append(
             Source(reference=reference, id=row.id, key=row.location, digest=row.digest, method=row.method)
         )
@@ -338,7 +347,7 @@ def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
         body.base.revision if body.base else None,
     )
     known = Known(base.base, base.info.get("context_length"))
-    sources = _sources(caller, getattr(wanted.method, "sources", ()), base.base, wanted.method.sources_of)
+    sources = _sources(caller, wanted.method, base.base)
     resolved = requests.resolve(wanted, training, validation, known, base.model_shape, sources)
     capacity = seen_capacity(caller)
     plan = None if capacity is None else make_plan(resolved.spec, base.model_shape, capacity)

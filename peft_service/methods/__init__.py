@@ -111,6 +111,8 @@ class Method(Frozen):
     """Other names that a request may use -> the fields that they set (`base.quantize` among them)."""
     sources_of: ClassVar[tuple[str, ...]] = ()
     """Kinds of the methods whose published adapters it starts from; such a method has a field `sources`."""
+    as_sources: ClassVar[tuple[str, ...]] = ()
+    """Fields in which it must be as those are."""
     trains: ClassVar[bool] = True
     """False: attaching it is all there is; no step is taken, and rows are only read."""
     needs_tasks: ClassVar[bool] = False

@@ -52,6 +52,7 @@ class Attempt(Method):
         "the first virtual token."
     )
     sources_of: ClassVar[tuple[str, ...]] = ("prompt_tuning", "spot")
+    as_sources: ClassVar[tuple[str, ...]] = ("virtual_tokens",)
     small: ClassVar[dict[str, Any]] = {"virtual_tokens": 5, "size": 8, "sources": ("one@1", "two@1")}
     can: ClassVar[Capabilities] = Capabilities(
         starts_as_base=False,

@@ -36,6 +36,7 @@ class SPoT(Method):
     )
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"soft_prompt_transfer": {}}
     sources_of: ClassVar[tuple[str, ...]] = ("prompt_tuning", "spot")
+    as_sources: ClassVar[tuple[str, ...]] = ("virtual_tokens",)
     small: ClassVar[dict[str, Any]] = {"virtual_tokens": 5, "sources": ("one@1",)}
     can: ClassVar[Capabilities] = Capabilities(
         starts_as_base=False,

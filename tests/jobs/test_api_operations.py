@@ -223,6 +223,37 @@ def test_a_deleted_adapter_is_not_operated_on(http: httpx.Client, service: Servi
     assert asked(http, {"kind": "merge"}, adapter.id).json()["error"]["code"] == "adapter_deleted"
 
 
+def test_a_method_starts_from_adapters_that_it_can_start_from(
+    service: Service, http: httpx.Client, adapters: dict[str, catalog.Adapter]
+) -> None:
+    """As with operations: what is no source of it is refused when it is asked for, not when it runs."""
+    file = http.post("/files", files={"file": ("t", CHAT)}, data={"purpose": "fine-tune"}).json()["id"]
+
+    def asked(adapter: dict[str, Any], name: str = "started") -> dict[str, Any]:
+        body = {"model": BASE, "training_file": file, "name": name, "adapter": adapter}
+        told: dict[str, Any] = http.post("/fine_tuning/jobs", json=body).json()
+        return told
+
+    job = asked({"kind": "prompt_tuning", "virtual_tokens": 5}, "prompt")
+    prompt = service.succeed(service.run(job["id"]))
+    for adapter, code, param, words in (
+        ({"kind": "spot", "sources": ["nobody@1"]}, "adapter_not_found", "adapter.sources[0]", "nobody"),
+        ({"kind": "spot", "sources": ["prompt@1", "elsewhere@1"], "virtual_tokens": 5}, "other_base",
+         "adapter.sources[1]", "an adapter of tiny/other"),
+        ({"kind": "spot", "sources": ["one@1"]}, "method_not_applicable", "adapter.sources[0]", "prompt_tun"),
+        ({"kind": "spot", "sources": []}, "invalid_value", "adapter.sources", "at least 1"),
+        ({"kind": "spot", "sources": ["prompt@1"]}, "invalid_value", "adapter.virtual_tokens", "tokens to 5"),
+        ({"kind": "attempt", "sources": ["prompt@1"]}, "invalid_value", "adapter.virtual_tokens", "20"),
+        ({"kind": "arrow", "sources": ["one@1", "prompt@1"]}, "method_not_applicable", "adapter.sources[1]",
+         "lora"),
+    ):  # fmt: skip
+        error = asked(adapter)["error"]
+        assert (error["code"], error["param"]) == (code, param), error
+        assert words in error["message"]
+    job = asked({"kind": "spot", "sources": ["prompt"], "virtual_tokens": 5})
+    assert [source["id"] for source in job["sources"]] == [prompt.id], job
+
+
 def test_the_command_line_starts_one(
     service: Service, adapters: dict[str, catalog.Adapter], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

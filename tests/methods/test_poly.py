@@ -49,6 +49,23 @@ def test_a_task_that_has_one_skill_is_that_lora(root, skill):
     assert (found - said(live.attached.model, batch, [0, 0, 0, 0])).abs().max() > 1e-3
 
 
+def test_one_skill_is_a_lora_of_scale_one_by_rank_whatever_the_logits(root):
+    """S = 1: w = z / z, but for peft's 1e-12; evaluated twice it is the same, and training draws nothing."""
+    live = stirred(root, Poly(rank=4, skills=1, splits=1, targets=SMALL.targets))
+    base = artifact.load_base(directory_of("llama", root), "causal_lm", dtype=torch.float32)
+    with torch.no_grad():
+        for name, layer in live.attached.model.named_modules():
+            if hasattr(layer, "poly_lora_A"):
+                a, b = (getattr(layer, f"poly_lora_{part}")["default"][0, 0].double() for part in "AB")
+                weight = base.get_submodule(name.removeprefix("base_model.model.")).weight
+                weight.copy_(weight.double() + (a @ b).T / 4)
+        batch = live.batch(range(4))
+        wanted = base.eval()(**batch.inputs).logits
+    found = said(live.attached.model, batch, [0, 1, 0, 1])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+    assert torch.equal(found, said(live.attached.model, batch, [0, 1, 0, 1]))
+
+
 @pytest.mark.parametrize(("base", "task"), [("llama", "causal_lm"), ("bert", "sequence_classification")])
 def test_a_batch_of_mixed_tasks_is_the_rows_of_single_tasks(root, base, task):
     live = stirred(root, Poly(rank=4, skills=3, splits=2), base, task)

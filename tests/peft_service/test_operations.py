@@ -609,6 +609,17 @@ def test_switching_is_bit_identical_and_never_touches_the_base(base, pair):
     assert torch.equal(other, on_base(base, pair[1]))
 
 
+def test_a_batch_of_rows_of_several_loras_is_each_row_alone(base, pair):
+    model = PeftModel.from_pretrained(plain(base), pair[0], "a").eval()
+    model.load_adapter(pair[1], "b")
+    rows = TOKENS.repeat(2, 1)[:3]
+    with torch.no_grad():
+        mixed = model(rows, adapter_names=["a", "b", "__base__"]).logits
+        alone = [logits(plain(base)), on_base(base, pair[1]), on_base(base, pair[0])]
+    for row, expected in enumerate((alone[2][0], alone[1][1], alone[0][0])):
+        torch.testing.assert_close(mixed[row], expected, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------- the attempt as a whole
 
 
