@@ -57,6 +57,7 @@ _ENCODERS = {
     "modernbert",
 }  # fmt: skip
 _T5S = {"t5", "mt5", "umt5"}
+_POSITIONS_BEHIND_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 _ENCODERS_DECODERS = {*_T5S, "bart", "mbart", "longt5", "m2m_100", "marian", "pegasus"}
 
 
@@ -179,8 +180,16 @@ def inspect(uri: str) -> BaseInfo:
         architecture=config["architectures"][0],
         license=_license_of(source, names),
         has_chat_template="chat_template.jinja" in names or bool(tokenizer_config.get("chat_template")),
-        context_length=text.get("max_position_embeddings") or text.get("n_positions"),
+        context_length=_context_length(text),
     )
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    """Tokens of the longest row; RoBERTa and its kin count positions from behind the padding's id."""
+    places = config.get("max_position_embeddings") or config.get("n_positions")
+    if places and config.get("model_type") in _POSITIONS_BEHIND_PADDING:
+        places -= int(config.get("pad_token_id", 1)) + 1
+    return places
 
 
 def shape_of_directory(directory: Path, uri: str | None = None) -> ModelShape:

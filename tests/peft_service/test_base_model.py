@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaForCausalLM
 
 from peft_service import base_model
@@ -43,6 +44,22 @@ def test_inspect_tells_what_a_user_wants_to_know(base):
     assert info.architecture == "LlamaForCausalLM"
     assert info.has_chat_template
     assert info.context_length == 256
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Camembert", "MPNet", "Bert", "Electra"])
+def test_a_row_of_the_context_length_is_the_longest_that_an_encoder_reads(kind, base, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=24, pad_token_id=1,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path)
+    longest = base_model.inspect(f"file://{tmp_path}").context_length
+    model(torch.full((1, longest), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 7))
 
 
 def test_inspect_and_fetch_do_not_import_torch(base):
