@@ -254,9 +254,8 @@ ADMITTED: dict[str, Admitted] = {
     ),
     "DEFT": Admitted(
         "", 2e-4,
-        {"r": 8, "decomposition_method": "relu", "init_scale": 1.0, "alpha": None, "para": False,
-         "deft_dropout": 0.0},
-        _low_rank(), nf4=False,
+        {"r": 8, "decomposition_method": "relu", "init_scale": 1.0, "alpha": None, "deft_dropout": 0.0},
+        _each(lambda o, i, c: min(c["r"], o) * (o + i)), nf4=False,
     ),
     "SUPERTUNING": Admitted(
         "https://arxiv.org/abs/2607.09287", 3e-4, {"sparsity": 0.99, "select_top": True},
@@ -315,10 +314,12 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
     "MISS": ("mini_r",),
     "GRALORA": ("hybrid_r",),
     "PEANUT": ("depth",),
+    "DEFT": ("para",),
     "SUPERTUNING": ("r", "lora_alpha", "lora_dropout", "save_precomputed_indices"),
 }
 """Settings that say again what another says, or change the count in ways that have no formula here
-(peft sets BOFT's factors to 1 where it finds no compiler for CUDA)."""
+(peft sets BOFT's factors to 1 where it finds no compiler for CUDA), or another method (DEFT's `para` has half
+the values and does not start as the base)."""
 
 REFUSED: dict[str, str] = {
     "LILY": "its router averages over all tokens of a batch, padding too, so that what a row says depends on "

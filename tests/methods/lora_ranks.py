@@ -2,12 +2,13 @@
 one
 rank of several; `run` is also what one process does."""
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from tests.methods.ranks import join, leave
 
 STEPS, RATE = 10, 0.02
 STAGES = (0, 2, 3)
@@ -61,19 +62,9 @@ def run(trial, root: Path, engine=None) -> dict[str, torch.Tensor]:
 
 
 def main(work: Path, root: Path, rank: int, world: int) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-    }
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=world
-    )
-    from cluster.engine import ZeroEngine, prepare_process
+    join(work, rank, world)
+    from cluster.engine import ZeroEngine
 
-    prepare_process()
     for name, trial in trials().items():
         for stage in STAGES:
 
@@ -85,8 +76,7 @@ def main(work: Path, root: Path, rank: int, world: int) -> None:
                 {key: t.contiguous() for key, t in found.items()}, work / f"{name}-{stage}-{rank}.safetensors"
             )
             torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads now and then abort at interpreter exit
+    leave()
 
 
 if __name__ == "__main__":

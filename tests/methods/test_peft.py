@@ -43,6 +43,7 @@ OTHER = {
     "PSOFT": {"r": 6, "psoft_mag_a": False},
     "RANDLORA": {"r": 5},
     "OSF": {"effective_rank": 10},
+    "DEFT": {"r": 40, "decomposition_method": "qr"},
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4},
 }
 """Settings that change the count in another way."""

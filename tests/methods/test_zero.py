@@ -4,15 +4,11 @@
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.methods import checks
+from tests.methods import checks, ranks
 from tests.methods.test_conformance import ALL, ROOT, TRIALS
 
 LOSS, LOGITS = 2e-4, 2e-3
@@ -39,23 +35,7 @@ def ran(tmp_path_factory):
         stages = [stage for stage in STAGES if stage in trial.method.can.zero_stages]
         listed.append([trial.method.kind, trial.base, trial.task, trial.name, stages])
     (work / "trials.json").write_text(json.dumps(listed))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    processes = []
-    for rank in (0, 1):
-        with (work / f"log-{rank}").open("wb") as log:
-            command = [sys.executable, "-m", "tests.methods.ranks", str(work), str(ROOT), str(rank), "2"]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
-    try:
-        for process in processes:
-            process.wait(timeout=3400)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    ranks.two("tests.methods.ranks", work, ROOT, 3400)
     return work
 
 
