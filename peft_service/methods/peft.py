@@ -113,7 +113,8 @@ def _oft(o: int, i: int, c: Settings) -> int:
 
 def _psoft(o: int, i: int, c: Settings) -> int:
     r = c["r"]
-    return int(r * (r - 1) // 2 + r * (c["psoft_mag_a"] + c["psoft_mag_b"]))
+    rotation = r * (r - 1) // 2 if c["psoft_orth"] else r * r
+    return int(rotation + r * (c["psoft_mag_a"] + c["psoft_mag_b"]))
 
 
 def _randlora(o: int, i: int, c: Settings) -> int:
@@ -276,7 +277,9 @@ _WORDS: dict[str, tuple[str, ...]] = {
 """Setting -> what it can be."""
 _WHOLE = ("effective_rank", "generator_seed")
 """Settings that are whole numbers though their default is none."""
-_LEAST = {"num_cayley_neumann_terms": 2, "psoft_svd_lowrank_niter": 0}
+_EVEN = ("group_size",)
+"""Whole numbers that must be even."""
+_LEAST = {"group_size": 2, "num_cayley_neumann_terms": 2, "psoft_svd_lowrank_niter": 0}
 """Whole number -> its least value, where that is not 1, or 0 for a seed."""
 _BELOW = {"dropout": 1.0, "sparsity": 1.0, "cayley_neumann_eps": 1.0}
 """Part of a setting's name -> what its number must be below."""
@@ -299,6 +302,8 @@ def _unlike(key: str, value: Any, usual: Any) -> str:
     if isinstance(usual, int) or key in _WHOLE:
         least = 0 if "seed" in key or key == "projection_prng_key" else _LEAST.get(key, 1)
         right = number and isinstance(value, int) and (value >= least or value == usual)
+        if key in _EVEN:
+            return "" if right and value % 2 == 0 else f"an even number, at least {least}"
         return "" if right else f"a whole number, at least {least}"
     most = next((most for part, most in _BELOW.items() if part in key), math.inf)
     right = number and value < most and (value > 0 or (value == 0 and "dropout" in key))

@@ -40,7 +40,7 @@ OTHER = {
     "OFT": {"oft_block_size": 4, "block_share": True},
     "BOFT": {"boft_block_size": 8},
     "ROAD": {"group_size": 8, "variant": "road_4"},
-    "PSOFT": {"r": 6, "psoft_mag_a": False},
+    "PSOFT": {"r": 6, "psoft_mag_a": False, "psoft_orth": False},
     "RANDLORA": {"r": 5},
     "OSF": {"effective_rank": 10},
     "DEFT": {"r": 40, "decomposition_method": "qr"},
@@ -132,6 +132,7 @@ def test_it_learns(name, root):
         ({"type": "OFT", "config": {"coft": 1}}, "true or false"),
         ({"type": "SHIRA", "config": {"mask_type": "best"}}, "one of random"),
         ({"type": "ROAD", "config": {"variant": "road_3"}}, "one of road_1, road_2, road_4"),
+        ({"type": "ROAD", "config": {"group_size": 1}}, "an even number, at least 2"),
         ({"type": "OSF", "config": {"effective_rank": 0}}, "at least 1"),
         ({"type": "SUPERTUNING", "config": {"sparsity": 1.0}}, "above 0 and below 1"),
         (
