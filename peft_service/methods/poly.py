@@ -76,7 +76,15 @@ class Poly(Method):
                 code="method_not_applicable",
                 param="adapter.kind",
             )
+        biased = {name.removesuffix(".bias") for name, _ in shape.biases}
         for name, d_out, d_in in adapted(shape, self.targets):
+            if case.quantize and name in biased:
+                raise InvalidRequest(
+                    f"peft's Poly writes into what {name} says, which a layer with a bias in {case.quantize} "
+                    "does not allow: hold the base in full, or use mtl_lora.",
+                    code="method_not_applicable",
+                    param="base.quantize",
+                )
             if d_in % self.splits or d_out % self.splits:
                 raise InvalidRequest(
                     f"splits {self.splits} cannot cut {name} ({d_in} to {d_out}) into equal parts: set "
