@@ -14,10 +14,13 @@ What lies in the directory tells what it is:
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_service.errors import InvalidRequest, UnknownBase
-from peft_service.tasks import AUTO_CLASSES, CLASSIFYING, Task
+from peft_service.tasks import AUTO_CLASSES, CLASSIFYING, IN_BLOCK, Task
+
+if TYPE_CHECKING:
+    import torch
 
 TASK = "task.json"
 COMPOSITE = "composite.json"
@@ -40,10 +43,23 @@ def write_task(directory: Path, task: Task, labels: tuple[str, ...]) -> None:
     (directory / TASK).write_text(json.dumps({"task": task, "labels": labels}, ensure_ascii=False) + "\n")
 
 
-def load_base(directory: Path, task: Task, labels: tuple[str, ...] = (), **options: Any) -> Any:
+def load_base(
+    directory: Path,
+    task: Task,
+    labels: tuple[str, ...] = (),
+    *,
+    quantize: str | None = None,
+    storage: "torch.dtype | None" = None,
+    **options: Any,
+) -> Any:
     """The base with the head of the task, by plain transformers; `options` go to `from_pretrained`.
 
     `model.new_head` has the names of the modules that the checkpoint did not have.
+
+    Args:
+        quantize: "nf4" holds the linear layers of the blocks in 4 bits; `options["dtype"]` is then what they
+            compute in.
+        storage: the dtype that packed weights are kept as; bytes, if none is given.
 
     Raises:
         UnknownBase: transformers puts other weights than the checkpoint's into the body.
@@ -62,6 +78,18 @@ def load_base(directory: Path, task: Task, labels: tuple[str, ...] = (), **optio
         # Of some decoders the question answering class has its body under another name than the checkpoint,
         # and transformers would leave it random.
         options["key_mapping"] = {r"^model\.": "transformer."}
+    if quantize:
+        more = {} if storage is None else {"bnb_4bit_quant_storage": storage}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+            # All outside the blocks. By itself transformers leaves out a head whose last parameter is a
+            # weight; a new one with a bias it would hold in four bits, whose values no checkpoint has.
+            llm_int8_skip_modules=[rf"(?!.*{IN_BLOCK.pattern}).*"],
+            **more,
+        )
     model, told = auto.from_pretrained(
         directory,
         trust_remote_code=False,
@@ -70,6 +98,14 @@ def load_base(directory: Path, task: Task, labels: tuple[str, ...] = (), **optio
         output_loading_info=True,
         **options,
     )
+    if quantize:
+        import bitsandbytes
+
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                # On AVX512-BF16 CPUs the first eval forward repacks the weights in place, and everything that
+                # reads them afterwards reads garbage.
+                module.support_avx512bf16_for_cpu = False
     model.new_head = _whole_modules(model, told["missing_keys"]) if task in CLASSIFYING else []
     inside = tuple(f"{name}." for name in model.new_head)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

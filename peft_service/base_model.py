@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from peft_service import artifact
 from peft_service.errors import StoreError, UnknownBase
 from peft_service.spec import Base
-from peft_service.tasks import POOLED_HEADS, Architecture, Task
+from peft_service.tasks import IN_BLOCK, POOLED_HEADS, Architecture, Task
 from peft_service.variants import Frozen
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ _OUTPUT_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)$")
 _NOT_LINEAR = re.compile(
     r"embed|(^|\.)(wte|wpe|wse)$|norm|\.experts\.|rotary|relative_attention_bias|\.gate$"
 )
-_IN_BLOCK = re.compile(r"\.\d+\.")
 """Layers of a transformer are numbered; pooler, heads and projections around them are not."""
 _MODEL_HEAD = re.compile(r"^(lm_head|embed_out|output_layer|cls|generator_lm_head|generator_predictions)\.")
 _POOLER = re.compile(r"(^|\.)pooler\.")
@@ -285,39 +284,19 @@ def load(
     from `seed`; `model.new_head` has the names of its modules.
     """
     import torch
-    from transformers import BitsAndBytesConfig
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     options: dict[str, Any] = {}
-    if quantize == "nf4":
-        # Storage in the compute dtype lets ZeRO-3 shard the packed weights together with the others.
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,
-            # All outside the blocks. By itself transformers leaves out a head whose last parameter is a
-            # weight; a new one with a bias it would hold in four bits, whose values no checkpoint has.
-            llm_int8_skip_modules=[rf"(?!.*{_IN_BLOCK.pattern}).*"],
-        )
-        if str(device) != "cpu":
-            options["device_map"] = {"": str(device)}
-    elif str(device) != "cpu" and not _zero_init_is_on():
+    if str(device) != "cpu" and (quantize or not _zero_init_is_on()):
         options["device_map"] = {"": str(device)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the head's first values
-        model = artifact.load_base(directory, task, labels, dtype=dtype, **options)
+        # Storage in the compute dtype lets ZeRO-3 shard the packed weights together with the others.
+        model = artifact.load_base(
+            directory, task, labels, quantize=quantize, storage=dtype, dtype=dtype, **options
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if quantize == "nf4":
-        import bitsandbytes
-
-        for module in model.modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                # On AVX512-BF16 CPUs the first eval forward repacks the weights in place, and everything that
-                # reads them afterwards reads garbage.
-                module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     model.eval()
     return model  # type: ignore[no-any-return]
@@ -477,7 +456,7 @@ def _shape_of(uri: str, config: dict[str, Any], source: _Source, names: set[str]
             elif (
                 kind == "weight"
                 and len(shape) == 2
-                and _IN_BLOCK.search(tensor)
+                and IN_BLOCK.search(tensor)
                 and not _NOT_LINEAR.search(module.lower())
             ):
                 d_out, d_in = reversed(shape) if transposed else shape

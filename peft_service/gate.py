@@ -295,27 +295,11 @@ def nonzero(weights: "dict[str, Tensor]") -> str:
 def load_base(base: Path, case: Case, precision: str, quantize: str | None) -> Any:
     """Base and head as the README of the adapter says."""
     import torch
-    from transformers import AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    options: dict[str, Any] = {}
-    if quantize:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantize,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    if torch.cuda.is_available():
-        options["device_map"] = {"": 0}
-    model = artifact.load_base(base, case.task, case.labels, dtype=dtype, **options)
-    if quantize and not torch.cuda.is_available():
-        import bitsandbytes
-
-        for module in model.modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                # As in base_model.load: this CPU path repacks weights in place and then misreads them.
-                module.support_avx512bf16_for_cpu = False
+    options: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    model = artifact.load_base(base, case.task, case.labels, quantize=quantize, dtype=dtype, **options)
     if model.config.pad_token_id is None:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         pad = tokenizer.pad_token_id

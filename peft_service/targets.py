@@ -4,8 +4,8 @@ import re
 from typing import Any
 
 from peft_service.methods import matches
+from peft_service.tasks import IN_BLOCK
 
-_IN_BLOCK = re.compile(r"\.\d+\.")
 _NOT_ADAPTED = re.compile(r"\.experts\.|\.gate$")
 
 
@@ -23,7 +23,7 @@ def linear_layers(model: Any, targets: tuple[str, ...] | None = None) -> list[st
         name
         for name, module in sites.modules(model).items()
         if isinstance(module, torch.nn.Linear | Conv1D)
-        and _IN_BLOCK.search(name)
+        and IN_BLOCK.search(name)
         and not _NOT_ADAPTED.search(name)
         and (targets is None or any(matches(name, target) for target in targets))
     ]

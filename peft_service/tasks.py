@@ -1,5 +1,6 @@
 """What a base is asked to do: the task, which architectures can do it, and how large its head is."""
 
+import re
 from typing import Literal, get_args
 
 Architecture = Literal["decoder", "encoder", "encoder_decoder"]
@@ -27,6 +28,9 @@ PEFT_TASKS: dict[Task, str] = {
     "question_answering": "QUESTION_ANS",
 }
 """peft's names for them."""
+
+IN_BLOCK = re.compile(r"\.\d+\.")
+"""In the names of what the transformer's numbered blocks have; outside are embeddings, heads and poolers."""
 
 _OF: dict[Architecture, tuple[Task, ...]] = {
     "decoder": ("causal_lm", *CLASSIFYING),

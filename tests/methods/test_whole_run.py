@@ -155,6 +155,21 @@ def test_from_a_request_to_the_catalog(kind, store, published, gate_here, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("base", "task"),
+    [("bert", "sequence_classification"), ("llama", "token_classification"), ("t5", "seq2seq_lm")],
+)
+def test_four_bits_go_the_whole_way(base, task, store, published, gate_here, tmp_path):
+    """A new head beside a base in 4 bits, in training and in the gate's fresh base."""
+    trial = checks.Trial(checks.example(VARIANTS["lora"]), base, task)
+    request = {"kind": "qlora", "rank": 4, "alpha": 8}
+    entry, manifest = run(store, tmp_path, published, trial, request, (), f"qlora-{base}")
+    assert all(check["passed"] for check in manifest["gate"])
+    assert manifest["record"]["spec"]["base"]["quantize"] == "nf4"
+    assert artifact.TASK in {file["path"] for file in manifest["files"]}
+    assert entry.method == "lora"
+
+
+@pytest.mark.parametrize(
     ("base", "adapter_request", "words"),
     [
         ("llama", {"kind": "bitfit"}, "bias"),
