@@ -467,7 +467,7 @@ def base_bytes(shape: ModelShape, precision: Precision, quantize: str | None) ->
 
     NF4 packs the linear layers; embeddings, norms and the output head stay in `precision`.
     """
-    packed = sum(out * inner for _, out, inner in shape.linears) if quantize else 0
+    packed = shape.packed_in_4_bits if quantize else 0
     plain = max(0, shape.parameters - packed) * BYTES[precision]
     return plain + math.ceil(packed * NF4_BYTES_PER_PARAMETER), math.ceil(packed * NF4_QUANT_STATE)
 

@@ -120,6 +120,12 @@ class ModelShape(Frozen):
         return self.model_copy(update={**update, "parameters": self.parameters - gone})
 
     @property
+    def packed_in_4_bits(self) -> int:
+        """Weights that four bits hold: the blocks' linear layers'; transformers keeps T5's `wo` whole."""
+        kept = ".wo" if self.model_type in _T5S else "\0"
+        return sum(d_out * d_in for name, d_out, d_in in self.linears if not name.endswith(kept))
+
+    @property
     def body_parameters(self) -> int:
         """Without head and pooler."""
         return self.parameters - self.head_parameters - self.pooler_parameters

@@ -7,11 +7,13 @@ a fresh quantised base, and merges exactly into the full one.
 import pytest
 import torch
 
+from cluster.plan import base_bytes
 from peft_service import artifact, base_model, methods
 from peft_service.errors import InvalidRequest
 from peft_service.methods import METHODS
 from peft_service.methods.lora import LoRA
 from peft_service.methods.peft import ADMITTED, PeftNative
+from peft_service.tasks import tasks_of
 from peft_service.variants import kind_of
 from tests.methods import checks
 from tests.methods.checks import Live, Trial
@@ -82,6 +84,18 @@ def test_it_trains_beside_four_bits(name, base, task, root, tmp_path):
             with torch.no_grad():
                 worst = checks.difference(checks._answers(merged, live.probe), again, live.probe)
             assert worst <= checks.TOLERANCE * 5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("base", checks.bases.KINDS)
+def test_a_plan_knows_the_bytes_of_a_base_in_four_bits(base, precision, root):
+    task = tasks_of(checks.bases.ARCHITECTURES[base])[0]
+    directory = checks.directory_of(base, root)
+    model = base_model.load(directory, precision=precision, quantize="nf4", task=task, labels=("a", "b"))
+    head = tuple(f"{name}." for name in model.new_head)
+    held = [p for n, p in model.named_parameters() if not head or not n.startswith(head)]
+    planned, _ = base_bytes(checks.shape_of(base, root).for_task(task), precision, "nf4")
+    assert planned == sum(p.numel() * p.element_size() for p in held)
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ABLE])
