@@ -320,11 +320,15 @@ def _end(settings: Settings, state: State) -> None:
     elif state.head is not None:
         # All at once: asked politely, the head waits for its raylet, and that for its actors, for very long.
         for order, seconds in ((signal.SIGTERM, ENDING_SECONDS), (signal.SIGKILL, DYING_SECONDS)):
-            for pid in _ours(state):
+            told = [(pid, began) for pid in _ours(state) if (began := _started(pid)) is not None]
+            for pid, _ in told:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, order)
             deadline = time.monotonic() + seconds
-            while _ours(state) and time.monotonic() < deadline:
+            # One that is about to end has no environment any more, by which it could be known as ours.
+            while time.monotonic() < deadline and (
+                any(_started(pid) == began for pid, began in told) or _ours(state)
+            ):
                 time.sleep(0.05)
     if state.temp_dir:
         shutil.rmtree(state.temp_dir, ignore_errors=True)

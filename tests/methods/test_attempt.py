@@ -12,6 +12,7 @@ from peft_service.errors import InvalidRequest
 from peft_service.methods import Case
 from peft_service.methods.attempt import Attempt
 from peft_service.tuners.attempt import AttemptConfig, Mixture, mixture_of
+from peft_service.tuners.task_prompts import source_prompts
 from tests.methods import checks
 from tests.methods.checks import Live, Trial
 
@@ -239,8 +240,10 @@ def test_the_papers_count_on_t5_base():
 
 
 def test_what_does_not_fit_is_refused(root):
+    prompts = checks.sources(_live(root).trial, root)
+    assert source_prompts(prompts, 5, 32).shape == (2, 5, 32)
     with pytest.raises(InvalidRequest, match="set virtual_tokens to 5"):
-        _live(root, virtual_tokens=7)
+        source_prompts(prompts, 7, 32)
     with pytest.raises(ValueError, match="in front of the text"):
         AttemptConfig(before=2, between=1)
     trial = Trial(Attempt(**SHARP, sources=("a",)), "bart", "sequence_classification")
