@@ -41,6 +41,10 @@ class Attached:
         """What the scheduled learning rate of the step is multiplied with; 0: gradients are read only."""
         return 1.0
 
+    def phase(self, step: int, steps: int) -> tuple[int, int]:
+        """(step within its phase, steps of the phase): each phase has a whole learning-rate schedule."""
+        return step, steps
+
     def penalty(self) -> Tensor | None:
         """Added to the loss of a step, once; never part of the loss that is reported. Asked after each
         forward pass."""

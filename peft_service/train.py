@@ -336,6 +336,7 @@ def fit(
     Raises:
         Diverged: names the step and the source lines of the rows; the last checkpoint is good.
     """
+    method = attached or Attached(engine.model)
     steps = batches.steps_of(data.rows, training)
     per_epoch = max(1, math.ceil(data.rows / training.batch_size))
     progress, saved = start, start.step
@@ -348,7 +349,7 @@ def fit(
         rows = batches.rows_of_step(
             progress.step, data.rows, training, seed, row_tasks=data.row_tasks, temperature=task_temperature
         )
-        rate = learning_rate(progress.step, steps, training)
+        rate = learning_rate(*method.phase(progress.step, steps), training)
         # A seed per step and rank instead of a running generator: dropout after a resume is what it would
         # have been, with nothing to save.
         torch.manual_seed((seed * 1_000_003 + progress.step) * 65_537 + engine.rank)

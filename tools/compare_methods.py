@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--banking77", type=Path, default=ROOT.parent / "shared/data/banking77/train.csv")
     parser.add_argument("--again", action="append", default=[], metavar="KIND")
     parser.add_argument("--only", action="append", default=[], metavar="KIND")
+    parser.add_argument("--at", action="append", default=[], metavar="KIND=RATE", help="these, at this rate")
     parser.add_argument("--aliases", action="store_true", help="also the variants that have names")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -68,13 +69,19 @@ def main() -> int:
         (name, method, task)
         for task in reversed(data)  # the quicker one first
         for name, method in _methods()
-        if (not options.only or name in options.only)
+        if (task, name) != ("tool_calls", "head_only")  # text has no new head
+        and (not options.only or name in options.only)
         and (name in options.again or not _has_it(found.get(f"{task}/{name}"), BUDGET[task]))
     ]
     if not options.aliases:
         kinds = {name for name, method in _methods() if not isinstance(method, tuple)}
         kinds |= {kind_of(variant) for variant in METHODS}
         asked = [each for each in asked if each[0] in kinds]
+    if options.at:
+        every, wanted = dict(_methods()), [each.split("=") for each in options.at]
+        asked = [
+            (f"{kind} at {rate}", (*every[kind], float(rate)), task) for task in data for kind, rate in wanted
+        ]
     running: dict[int, tuple[str, Path]] = {}
     while asked or running:
         while asked and len(running) < options.processes:
@@ -140,7 +147,7 @@ def _run(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", pla
     from peft_service.schedule import learning_rate
     from peft_service.spec import DataFile, Training
     from peft_service.tokenise import Meaning, tokenise
-    from peft_service.train import LocalEngine, evaluate, train_step
+    from peft_service.train import LocalEngine, StillEngine, evaluate, train_step
     from peft_service.validate import validate
 
     budget = BUDGET[task]
@@ -161,7 +168,7 @@ def _run(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", pla
         max_seq_len=budget["max_seq_len"], tasks=file.tasks,
     )  # fmt: skip
     if isinstance(method, tuple):
-        variant, fields = method
+        variant, fields, *given = method
         made = variant.model_validate({"kind": variant.model_fields["kind"].default, **fields})
         methods.admit(made, shape, case)
     tokenizer = base_model.load_tokenizer(base)
@@ -178,12 +185,8 @@ def _run(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", pla
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name.startswith(f"{head}.") for head in model.new_head))
         attached = Attached(model)
-        if not any(p.requires_grad for p in model.parameters()):
-            if method == "head":
-                raise ValueError("the task has no head")
-            next(iter(model.parameters())).requires_grad_(True)
     else:
-        rate = made.rate()
+        rate = given[0] if given else made.rate()
 
         def sample(count: int) -> list[Any]:
             taken = batches.order(rows.rows, 0, SEED)[:count].tolist()
@@ -200,8 +203,8 @@ def _run(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", pla
         learning_rate=rate, batch_size=budget["batch_size"], max_steps=budget["steps"], n_epochs=1000,
         max_seq_len=case.max_seq_len,
     )  # fmt: skip
-    engine = LocalEngine(attached, training)
-    trained = method is not None and (not isinstance(method, tuple) or getattr(variant, "trains", True))
+    trained = method is not None and (not isinstance(method, tuple) or variant.trains)
+    engine = LocalEngine(attached, training) if trained else StillEngine(attached, training)
     seconds = 0.0
     if trained:
         started = time.process_time()
@@ -210,9 +213,8 @@ def _run(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", pla
             torch.manual_seed(step)
             taken = batches.rows_of_step(step, rows.rows, training, SEED)
             parts = batches.microbatches(rows, taken, 0, 1, 16, pad_id, "cpu", **collate)
-            train_step(
-                engine, objective, parts, learning_rate(step, budget["steps"], training), attached, step
-            )
+            now = learning_rate(*attached.phase(step, budget["steps"]), training)
+            train_step(engine, objective, parts, now, attached, step)
         seconds = time.process_time() - started
     judged = evaluate(
         engine, objective, held_out, microbatch=32, pad_id=pad_id, attached=attached, collate=collate

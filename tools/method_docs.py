@@ -261,7 +261,9 @@ def _measured(methods: list[Any], results: dict[str, Any]) -> list[str]:
         "",
         "Written by `make compare`: every method with the same data, steps and seed, at its own default",
         "learning rate, one CPU thread. Not tuned: a method that needs longer shows it. Memory is what the",
-        "training added to the process; time is the thread's own.",
+        "training added to the process; time is the thread's own. A rate for billions of weights and",
+        "thousands of steps moves these small bases little: methods that are then hardly above the base are",
+        "there once more, at a higher rate.",
         "",
     ]
     for task, words in TASKS.items():

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 class LTSFT(Method):
     kind: Literal["lt_sft"] = "lt_sft"
-    density: float = Field(0.01, gt=0, le=1)
-    """Share of the base's weights that the result changes: K / N."""
+    density: float = Field(0.08, gt=0, le=1)
+    """Share of the weights in question that the result changes: K / N."""
     first_phase: float = Field(0.5, gt=0, lt=1)
     """Share of the steps in which all weights train."""
+    embeddings: bool = False
+    """The token embedding is in question too. Adam moves the rows of tokens that never occur as far as any,
+    by gradients that are small and never change sign: where it is tied to the output they would be chosen."""
 
     learning_rate: ClassVar[float] = 5e-5
     title: ClassVar[str] = "LT-SFT"
@@ -59,10 +62,12 @@ class LTSFT(Method):
     def attach(self, model: Any, case: Case, material: Material) -> "Attached":
         from peft_service.tuners.in_place import LotteryTicket, first_phase
 
-        return LotteryTicket(model, self.kind, self.density, first_phase(self.first_phase, case.steps))
+        phase = first_phase(self.first_phase, case.steps)
+        return LotteryTicket(model, self.kind, self.density, phase, self.embeddings)
 
     def trainable(self, shape: "ModelShape", case: Case) -> int:
-        return shape.for_task(case.task).body_parameters
+        left_out = 0 if self.embeddings else shape.embedding_parameters
+        return shape.for_task(case.task).body_parameters - left_out
 
     def stored(self, shape: "ModelShape", case: Case) -> int | None:
         return max(1, round(self.density * self.trainable(shape, case)))

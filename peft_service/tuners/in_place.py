@@ -132,11 +132,14 @@ def first_phase(share: float, steps: int) -> int:
 
 
 class Masked(InPlace):
-    """Chooses in a first phase which weights train in the second: exactly `share` of the body, over all
-    tensors together. What was not chosen ends with the bits it began with; a sparse delta holds the rest."""
+    """Chooses in a first phase which weights train in the second: exactly `share` of `names` (None: of the
+    body), over all tensors together. What was not chosen ends with the bits it began with; a sparse delta
+    holds the rest. Each phase has a learning-rate schedule of its own, as in the papers' two trainings."""
 
-    def __init__(self, model: Any, kind: str, share: float, first_phase: int) -> None:
-        self.names = body(model)
+    def __init__(
+        self, model: Any, kind: str, share: float, first_phase: int, names: "list[str] | None" = None
+    ) -> None:
+        self.names = body(model) if names is None else names
         super().__init__(model, kind, self.names)
         self.share, self.first_phase = share, first_phase
         self.masks: dict[str, Tensor] = {}
@@ -162,6 +165,11 @@ class Masked(InPlace):
 
     def restart(self, state: dict[str, Tensor]) -> None:
         """Change the parameters with which the second phase starts; moments are zero already."""
+
+    def phase(self, step: int, steps: int) -> tuple[int, int]:
+        if step < self.first_phase:
+            return step, self.first_phase
+        return step - self.first_phase, steps - self.first_phase
 
     def after_update(self, engine: "Engine", step: int) -> None:
         if step != self.first_phase - 1:
@@ -237,9 +245,11 @@ class ChildD(Masked):
 class LotteryTicket(Masked):
     """The weights that full fine-tuning moves most; they start again from the base.  arXiv:2110.07560."""
 
-    def __init__(self, model: Any, kind: str, share: float, first_phase: int) -> None:
-        super().__init__(model, kind, share, first_phase)
+    def __init__(self, model: Any, kind: str, share: float, first_phase: int, embeddings: bool) -> None:
+        left_out = set() if embeddings else {id(p) for p in model.get_input_embeddings().parameters()}
         parameters = dict(model.named_parameters())
+        names = [name for name in body(model) if id(parameters[name]) not in left_out]
+        super().__init__(model, kind, share, first_phase, names)
         self.base: dict[str, Tensor] = {}
         for name in self.names:
             with gather_params_ctx([parameters[name]], modifier_rank=None):

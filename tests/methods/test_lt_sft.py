@@ -11,7 +11,7 @@ from tests.methods.checks import Live, Trial, directory_of
 
 
 def test_the_ticket_is_the_top_k_of_full_fine_tuning_and_starts_again_from_the_base(root, tmp_path):
-    live = Live(Trial(LTSFT(density=0.05), "llama", "causal_lm"), root, steps=6, rate=0.01)
+    live = Live(Trial(LTSFT(density=0.05, embeddings=True), "llama", "causal_lm"), root, steps=6, rate=0.01)
     full = Live(Trial(Full(), "llama", "causal_lm"), root, steps=6, rate=0.01)
     base = {name: p.detach().clone() for name, p in live.engine.parameters.items()}
     for step in range(3):
@@ -69,3 +69,24 @@ def test_the_head_trains_in_both_phases_and_is_saved_whole(root, tmp_path):
     made = delta.load(live.save(tmp_path / "made"))
     assert made.dense.keys() == {"classifier.weight", "classifier.bias"}
     assert torch.equal(made.dense["classifier.weight"], seen[-1])
+
+
+def test_the_token_embedding_is_left_out_unless_it_is_asked_for(root):
+    """Its unused rows have gradients that never change sign: Adam moves them as far as any."""
+    masks = {}
+    for embeddings in (False, True):
+        method = LTSFT(density=0.02, embeddings=embeddings)
+        live = Live(Trial(method, "llama", "causal_lm"), root, steps=4, rate=1e-3)
+        table = live.engine.model.get_input_embeddings().weight
+        assert table.requires_grad == embeddings
+        live.step(0)
+        live.step(1)
+        masks[embeddings] = {name: int(mask.sum()) for name, mask in live.attached.masks.items()}
+    assert not any("embed_tokens" in name for name in masks[False])
+    (rows,) = [count for name, count in masks[True].items() if "embed_tokens" in name]
+    assert rows > 0
+
+
+def test_both_trainings_have_a_whole_schedule(root):
+    live = Live(Trial(LTSFT(), "llama", "causal_lm"), root, steps=6)
+    assert [live.attached.phase(step, 6) for step in range(6)] == [(0, 3), (1, 3), (2, 3)] * 2
