@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--again", action="append", default=[], metavar="KIND")
     parser.add_argument("--only", action="append", default=[], metavar="KIND")
     parser.add_argument("--at", action="append", default=[], metavar="KIND=RATE", help="these, at this rate")
+    parser.add_argument("--task", choices=BUDGET, default="tool_calls", help="of --at")
     parser.add_argument("--aliases", action="store_true", help="also the variants that have names")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -79,9 +80,7 @@ def main() -> int:
         asked = [each for each in asked if each[0] in kinds]
     if options.at:
         every, wanted = dict(_methods()), [each.split("=") for each in options.at]
-        asked = [
-            (f"{kind} at {rate}", (*every[kind], float(rate)), task) for task in data for kind, rate in wanted
-        ]
+        asked = [(f"{kind} at {rate}", (*every[kind], float(rate)), options.task) for kind, rate in wanted]
     running: dict[int, tuple[str, Path]] = {}
     while asked or running:
         while asked and len(running) < options.processes:
