@@ -35,7 +35,7 @@ up: $(VENV)/service ## start the service on 127.0.0.1:8000
 down: $(VENV)/service ## stop exactly what `make up` started
 	@$(BIN)/peft-service down
 
-test: $(VENV)/developer ## the tests, on real parts (under 15 minutes on 2 cores)
+test: $(VENV)/developer ## the tests, on real parts (about 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m "not long" $(BOTH)
 
 test-long: $(VENV)/developer ## the long suites: kill -9 everywhere, two-node clusters, S3 outages

@@ -29,7 +29,7 @@ BUDGET = {
 }
 SEED = 0
 CLASSES = 20
-"""Of banking77, the first so many in the alphabet: two cores are to do all methods in half an hour."""
+"""Of banking77, the first so many in the alphabet: two cores are to do all methods in an hour."""
 
 
 def main() -> int:

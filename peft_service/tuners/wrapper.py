@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from peft.config import PeftConfig
@@ -197,7 +197,7 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
             if self.owns(module):
                 yield name, module
 
-    def owns(self, module: nn.Module) -> bool:
+    def owns(self, module: nn.Module) -> TypeGuard[Wrapper]:
         return isinstance(module, Wrapper) and module.adapter_layer_names == self.containers
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -228,7 +228,7 @@ class WrapperModel(BaseTuner):  # type: ignore[misc]
         parameter_name: str | None = None,
     ) -> None:
         if self.owns(target):
-            self._add(peft_config, adapter_name, current_key, target)  # type: ignore[arg-type]
+            self._add(peft_config, adapter_name, current_key, target)
             return
         wrapper = self.layer(peft_config, current_key, target)
         if adapter_name in self.active_adapters:
