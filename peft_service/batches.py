@@ -42,13 +42,35 @@ class Batch:
     """int64: number of the row's task, in multi-task data."""
     allowed_BC: "Tensor | None" = None
     """bool: the classes of the row's task, in multi-task classification."""
+    sequence_BT: "Tensor | None" = None
+    """int64: the number of the sequence that a token belongs to, from 0 to S - 1; -1 on padding. Without
+    packing a sequence is a line of the batch. Of pairs, 2 i is the better answer and 2 i + 1 the worse; of
+    unpaired rows, 2 i is the row and 2 i + 1 its prompt with another row's answer."""
+    positions_BT: "Tensor | None" = None
+    """int64: positions that restart with every sequence, in packed batches: they replace the mask, since
+    attention then stays inside a sequence."""
+    values_BK: "Tensor | None" = None
+    """float32: the number that a row teaches; of K classes, 1 where the row belongs to it; whether an
+    unpaired answer is good (1 or 0)."""
+    reference_S: "Tensor | None" = None
+    """float32: log-probability of a sequence's targets under the base."""
+    advantages_S: "Tensor | None" = None
+    """float32: how much better than its group a sampled answer is."""
+    teacher: Any = None
+    """A frozen model whose distribution is learned."""
+    shared: "Tensor | None" = None
+    """float64: what `Objective.shared` has summed up over the whole step."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further inputs of the forward pass, which the method has set."""
 
     @property
     def inputs(self) -> "dict[str, Tensor]":
         """All that the forward pass gets."""
-        given = {"input_ids": self.tokens_BT, "attention_mask": self.mask_BT, **self.extra}
+        given = {"input_ids": self.tokens_BT, **self.extra}
+        if self.positions_BT is None:
+            given["attention_mask"] = self.mask_BT
+        else:
+            given["position_ids"] = self.positions_BT
         return given if self.decoder_BT is None else {**given, "decoder_input_ids": self.decoder_BT}
 
 

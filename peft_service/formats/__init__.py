@@ -63,6 +63,24 @@ class Example:
     """Characters [start, end) of `pair`; start == end: there is no answer."""
     task: str | None = None
     """In multi-task data."""
+    document: str | None = None
+    """Plain text of which every token is learned (continued pre-training)."""
+    rejected: "Example | None" = None
+    """Of a preference: the same prompt with the worse answer; this example is the better one."""
+    desirable: bool | None = None
+    """Of an unpaired preference: whether the answer is a good one."""
+    labels: tuple[str, ...] | None = None
+    """Of a row that belongs to any number of classes, also none."""
+    value: float | None = None
+    """The number that a regression learns."""
+    token_ids: tuple[int, ...] = ()
+    """A row that somebody else has tokenised."""
+    token_targets: tuple[bool, ...] = ()
+    """One for each of `token_ids`."""
+    segments: tuple[tuple[str, bool], ...] = ()
+    """(text, whether it is learned), put together without anything in between."""
+    item: dict[str, Any] | None = None
+    """Of a prompt without an answer: the whole row, for the graders."""
 
 
 class Format(Frozen):

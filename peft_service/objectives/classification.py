@@ -26,8 +26,7 @@ class Classification(Objective):
     def loss_sum(self, model: Any, batch: Any) -> tuple[Any, Any]:
         import torch.nn.functional as F
 
-        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT, **batch.extra}
-        logits_BC = model(**inputs).logits.float()
+        logits_BC = model(**batch.inputs).logits.float()
         if batch.allowed_BC is not None:
             logits_BC = logits_BC.masked_fill(~batch.allowed_BC, float("-inf"))
         targets_B = batch.labels_BT[:, 0]

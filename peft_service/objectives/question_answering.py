@@ -23,8 +23,7 @@ class QuestionAnswering(Objective):
         import torch
         import torch.nn.functional as F
 
-        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT, **batch.extra}
-        made = model(**inputs)
+        made = model(**batch.inputs)
         nll, right = [], []
         for place, logits_BT in enumerate((made.start_logits, made.end_logits)):
             # Not on virtual tokens in front, nor on padding.

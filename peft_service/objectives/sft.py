@@ -24,14 +24,13 @@ class SFT(Objective):
     def loss_sum(self, model: Any, batch: Any) -> tuple[Any, Any]:
         import torch.nn.functional as F
 
-        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT, **batch.extra}
         if batch.decoder_BT is not None:
             # An encoder-decoder: the decoder's inputs are the targets, one place later.
-            logits_BTV = model(**inputs, decoder_input_ids=batch.decoder_BT).logits.float()
+            logits_BTV = model(**batch.inputs).logits.float()
             targets_BT = batch.labels_BT
         else:
             # Virtual tokens, where a method has them, stand in front of the row.
-            logits_BTV = model(**inputs).logits[:, -batch.tokens_BT.shape[1] :][:, :-1].float()
+            logits_BTV = model(**batch.inputs).logits[:, -batch.tokens_BT.shape[1] :][:, :-1].float()
             targets_BT = batch.labels_BT[:, 1:]
         nll = F.cross_entropy(
             logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"

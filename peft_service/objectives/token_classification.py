@@ -22,8 +22,7 @@ class TokenClassification(Objective):
     def loss_sum(self, model: Any, batch: Any) -> tuple[Any, Any]:
         import torch.nn.functional as F
 
-        inputs = {"input_ids": batch.tokens_BT, "attention_mask": batch.mask_BT, **batch.extra}
-        logits_BTC = model(**inputs).logits[:, -batch.tokens_BT.shape[1] :].float()
+        logits_BTC = model(**batch.inputs).logits[:, -batch.tokens_BT.shape[1] :].float()
         nll = F.cross_entropy(
             logits_BTC.flatten(0, 1), batch.labels_BT.flatten(), ignore_index=IGNORE, reduction="sum"
         )
