@@ -32,10 +32,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_service.containers.jsonl import CHUNK_BYTES, Line, lines_of, parse_line
 from peft_service.errors import InvalidRequest, InvalidTrainingFile
 from peft_service.formats import Example, Format, Problem, clean, format_of, shown
 from peft_service.tasks import Task
-from peft_service.validate import CHUNK_BYTES, Line, lines_of, listed, parse_line
+from peft_service.validate import listed
 
 VERSION = 2
 """Of the meaning of the result: part of its digest, so that no cached file outlives a change here."""
@@ -70,7 +71,15 @@ class Tokenised:
     """(rows,) the number of the row's task, in multi-task data."""
     class_tasks: NDArray[np.int32] | None = None
     """(classes,) the number of the task that a class belongs to, in multi-task classification."""
+    sequences: int = 1
+    row_numbers: NDArray[np.float32] | None = None
+    reference: NDArray[np.float32] | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
+
+    def lengths(self, rows: "list[int]") -> NDArray[np.int64]:
+        first = np.asarray(rows, dtype=np.int64)[:, None] * self.sequences + np.arange(self.sequences)
+        made: NDArray[np.int64] = self.offsets[first + 1] - self.offsets[first]
+        return made
 
     @property
     def rows(self) -> int:

@@ -10,29 +10,24 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from peft_service.containers.jsonl import BYTE_ORDER_MARK, CHUNK_BYTES, lines_of, parse_line, placed
 from peft_service.errors import InvalidTrainingFile
 from peft_service.formats import (
     FORMATS,
-    BadJSON,
     Format,
     Problem,
     clean,
     detect,
     did_you_mean,
-    json_type,
-    parse_json,
 )
 from peft_service.variants import Frozen
 
-MAX_LINE_BYTES = 16 * 1024**2
 MAX_PROBLEMS_COUNTED = 100_000
 """After so many, the rest of the file is only hashed: a file of line feeds must not keep a replica busy."""
 MAX_LABELS = 10_000
 """Classes of a classification, and tasks of a multi-task file."""
-CHUNK_BYTES = 1024**2
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Report(Frozen):
@@ -94,63 +89,6 @@ def listed(
     )
 
 
-class Line(NamedTuple):
-    number: int
-    """Counts from 1."""
-    byte_offset: int
-    raw: bytes | None
-    """Without its line feed. None: longer than MAX_LINE_BYTES, and never held in memory."""
-    size: int
-
-
-def lines_of(chunks: Iterable[bytes], longest: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Cut chunks into lines. Holds one chunk and at most `longest` bytes, however long a line is."""
-    number, offset, held, size = 1, 0, list[bytes](), 0
-    for chunk in chunks:
-        start = 0
-        while (end := chunk.find(b"\n", start)) >= 0:
-            size += end - start
-            raw = b"".join([*held, chunk[start:end]]) if size <= longest else None
-            yield Line(number, offset, raw, size)
-            number, offset, held, size = number + 1, offset + size + 1, [], 0
-            start = end + 1
-        size += len(chunk) - start
-        held = [*held, chunk[start:]] if size <= longest else []
-    if size:
-        yield Line(number, offset, b"".join(held) if size <= longest else None, size)
-
-
-def parse_line(line: Line) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """The object on a line, or None; with what is wrong with it as JSON, whatever the format."""
-    if line.raw is None:
-        size = f"{line.size / 1024**2:.0f} MiB"
-        message = f"The line is {size} long; {MAX_LINE_BYTES // 1024**2} MiB is the most."
-        hint = "one JSON object a line, each ended by a line feed"
-        return None, [_at(line, Problem("", "line_too_long", message, hint))]
-    raw = line.raw
-    if raw.startswith(BYTE_ORDER_MARK):
-        if line.number > 1:
-            message = "The line begins with a byte order mark."
-            hint = "were files with byte order marks joined? Remove the bytes EF BB BF"
-            return None, [_at(line, Problem("", "bom", message, hint))]
-        raw = raw[3:]
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        message = f"Not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line."
-        found = _at(line, Problem("", "not_utf8", message, "save the file as UTF-8"))
-        return None, [replace(found, byte_offset=line.byte_offset + error.start)]
-    try:
-        row, problems = parse_json(text)
-    except BadJSON as error:
-        found = _at(line, Problem("", error.code, error.message, error.hint), error.position, text)
-        return None, [replace(found, byte_offset=line.byte_offset + len(text[: error.position].encode()))]
-    if not isinstance(row, dict):
-        message = f"Expected a JSON object on every line, got {json_type(row)}."
-        return None, [_at(line, Problem("", "not_an_object", message))]
-    return (None if problems else row), [_at(line, problem) for problem in problems]
-
-
 def validate(path: Path, *, limit: int = 100) -> Report:
     """Read the file once and report on every line; `limit` problems are listed, all are counted.
 
@@ -190,7 +128,7 @@ def validate(path: Path, *, limit: int = 100) -> Report:
             blank_count += 1
             if len(blanks) < limit:
                 hint = "remove it: every line is one JSON object"
-                blanks.append(_at(line, Problem("", "blank_line", "The line is blank.", hint)))
+                blanks.append(placed(line, Problem("", "blank_line", "The line is blank.", hint)))
         else:
             if blank_count:
                 problems += blanks[: limit - len(problems)]
@@ -201,10 +139,10 @@ def validate(path: Path, *, limit: int = 100) -> Report:
                 claimed = format if format is not None and format.detect(row) else detect(row)
                 if format is None and claimed is not None:
                     format, first_line = claimed, line.number
-                found = [_at(line, problem) for problem in _check(row, format, claimed, first_line)]
+                found = [placed(line, problem) for problem in _check(row, format, claimed, first_line)]
                 if not found and len(labels) > MAX_LABELS:
                     message = f"The file has more than {MAX_LABELS:,} labels."
-                    found = [_at(line, Problem("label", "too_many_labels", message))]
+                    found = [placed(line, Problem("label", "too_many_labels", message))]
                 if not found:
                     assert format is not None
                     assert line.raw is not None
@@ -323,16 +261,6 @@ def _foreign_file(head: bytes) -> str:
     if text and not text.startswith((b"{", b'"')) and (b"," in text or b"\t" in text):
         return "the file looks like a table (CSV): write each row as a JSON object on one line"
     return ""
-
-
-def _at(line: Line, problem: Problem, position: int = 0, text: str = "") -> Problem:
-    """The problem with its place; the excerpt is some 80 characters around the one at `position`."""
-    if not text:
-        text = (line.raw or b"")[:400].decode(errors="replace")
-    start = max(0, position - 40)
-    excerpt = clean(text[start : start + 80])
-    excerpt = ("…" if start else "") + excerpt + ("…" if len(text) > start + 80 else "")
-    return replace(problem, line=line.number, byte_offset=line.byte_offset, excerpt=excerpt)
 
 
 def _quantiles(values: Any) -> dict[str, int]:

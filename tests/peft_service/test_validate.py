@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_service.containers.jsonl import MAX_LINE_BYTES, lines_of
 from peft_service.errors import InvalidTrainingFile
-from peft_service.validate import MAX_LINE_BYTES, lines_of, validate
+from peft_service.validate import validate
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the repository")
