@@ -91,7 +91,7 @@ def objective_for(file: DataFile, shape: Any) -> Objective:
         InvalidRequest: the base cannot do it; says what it can.
     """
     objectives: list[Objective] = [cast("Objective", variant.model_validate({})) for variant in OBJECTIVES]
-    objective = next(objective for objective in objectives if file.format in objective.formats)
+    objective = next(objective for objective in objectives if file.format in objective.default_for)
     task = objective.task(shape.architecture)
     if task not in tasks_of(shape.architecture):
         able = [

@@ -6,7 +6,7 @@ slice of its task: the same as a head for each task, and every rank touches all 
 
 from typing import Any, ClassVar, Literal
 
-from peft_service.objectives import Objective
+from peft_service.objectives import Objective, Rows
 from peft_service.objectives.sft import IGNORE
 from peft_service.tasks import Architecture, Task
 
@@ -14,8 +14,13 @@ from peft_service.tasks import Architecture, Task
 class Classification(Objective):
     kind: Literal["classification"] = "classification"
 
+    rows: ClassVar[Rows] = "classes"
     formats: ClassVar[tuple[str, ...]] = ("classification",)
+    default_for: ClassVar[tuple[str, ...]] = formats
     summary: ClassVar[str] = "Learn the class of a text, or of a pair of texts."
+    paper: ClassVar[str] = "Devlin et al. 2018, arXiv:1810.04805, section 4.1"
+    formula: ClassVar[str] = "-log softmax(z)_y, mean over the rows of the step"
+    measure: ClassVar[str] = "the share of held-out rows whose class is right"
 
     def task(self, architecture: Architecture) -> Task:
         return "sequence_classification"

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
-from peft_service.objectives import Objective
+from peft_service.objectives import Objective, Rows
 from peft_service.objectives.sft import IGNORE
 from peft_service.tasks import Architecture, Task
 
@@ -10,8 +10,15 @@ from peft_service.tasks import Architecture, Task
 class QuestionAnswering(Objective):
     kind: Literal["question_answering"] = "question_answering"
 
+    rows: ClassVar[Rows] = "answers"
     formats: ClassVar[tuple[str, ...]] = ("question_answering",)
+    default_for: ClassVar[tuple[str, ...]] = formats
     summary: ClassVar[str] = "Learn where in a text the answer to a question stands."
+    paper: ClassVar[str] = "Devlin et al. 2018, arXiv:1810.04805, section 4.2"
+    formula: ClassVar[str] = (
+        "-log softmax(s)_first - log softmax(e)_last, mean over both ends of the step's rows"
+    )
+    measure: ClassVar[str] = "the share of held-out answers' ends that are right"
 
     def task(self, architecture: Architecture) -> Task:
         return "question_answering"

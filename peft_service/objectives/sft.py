@@ -11,8 +11,16 @@ IGNORE = -100
 class SFT(Objective):
     kind: Literal["sft"] = "sft"
 
-    formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "prompt_completion")
+    formats: ClassVar[tuple[str, ...]] = (
+        "chat", "sharegpt", "instruction", "prompt_completion", "tokens", "segments",
+    )  # fmt: skip
+    default_for: ClassVar[tuple[str, ...]] = formats
+    aliases: ClassVar[dict[str, dict[str, Any]]] = {"supervised": {}}
     summary: ClassVar[str] = "Learn to write the answers of the rows."
+    paper: ClassVar[str] = "Ouyang et al. 2022, arXiv:2203.02155, section 3.5"
+    formula: ClassVar[str] = "-log p(y_t | x, y_<t), mean over the target tokens of the step"
+    measure: ClassVar[str] = "the loss of a target token on held-out rows"
+    packs: ClassVar[bool] = True
 
     def task(self, architecture: Architecture) -> Task:
         return "seq2seq_lm" if architecture == "encoder_decoder" else "causal_lm"
@@ -22,18 +30,6 @@ class SFT(Objective):
         return (labels_BT != IGNORE).sum()
 
     def loss_sum(self, model: Any, batch: Any) -> tuple[Any, Any]:
-        import torch.nn.functional as F
+        from peft_service import logps
 
-        if batch.decoder_BT is not None:
-            # An encoder-decoder: the decoder's inputs are the targets, one place later.
-            logits_BTV = model(**batch.inputs).logits.float()
-            targets_BT = batch.labels_BT
-        else:
-            # Virtual tokens, where a method has them, stand in front of the row.
-            logits_BTV = model(**batch.inputs).logits[:, -batch.tokens_BT.shape[1] :][:, :-1].float()
-            targets_BT = batch.labels_BT[:, 1:]
-        nll = F.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-        right = ((logits_BTV.argmax(-1) == targets_BT) & (targets_BT != IGNORE)).sum()
-        return nll, right
+        return logps.next_token_loss(model, batch)

@@ -147,7 +147,7 @@ def format_of_task(task: str) -> str:
 
 def objective_of(task: str):
     format = format_of_task(task)
-    return next(variant() for variant in OBJECTIVES if format in variant.formats)
+    return next(variant() for variant in OBJECTIVES if format in variant.default_for)
 
 
 def labels_of(task: str, tasks: tuple[str, ...] = ()) -> tuple[str, ...]:
