@@ -14,31 +14,35 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def variants_of(parent: type[Frozen], package: str, path: Iterable[str]) -> tuple[type[Frozen], ...]:
-    """Import every module of `package` and return `parent`'s direct subclasses, sorted by `kind`.
+def variants_of(
+    parent: type[Frozen], package: str, path: Iterable[str], tag: str = "kind"
+) -> tuple[type[Frozen], ...]:
+    """Import every module of `package` and return `parent`'s direct subclasses, sorted by their tag.
+
+    `tag` is another name of the field only where a protocol of other people's has one.
 
     Raises:
-        TypeError: a variant has no literal default for `kind`, or two variants share one.
+        TypeError: a variant has no literal default for the tag, or two variants share one.
     """
     for module in pkgutil.iter_modules(path):
         importlib.import_module(f"{package}.{module.name}")
-    variants = sorted(parent.__subclasses__(), key=lambda variant: str(kind_of(variant)))
-    kinds = [kind_of(variant) for variant in variants]
+    variants = sorted(parent.__subclasses__(), key=lambda variant: kind_of(variant, tag))
+    kinds = [kind_of(variant, tag) for variant in variants]
     if len(set(kinds)) != len(kinds):
-        raise TypeError(f"two variants in {package} share a kind: {kinds}")
+        raise TypeError(f"two variants in {package} share a {tag}: {kinds}")
     return tuple(variants)
 
 
-def kind_of(variant: type[Frozen]) -> str:
+def kind_of(variant: type[Frozen], tag: str = "kind") -> str:
     """The name a user writes for this variant."""
-    field = variant.model_fields.get("kind")
+    field = variant.model_fields.get(tag)
     if field is None or not isinstance(field.default, str):
-        raise TypeError(f"{variant.__name__} needs `kind: Literal['…'] = '…'`")
+        raise TypeError(f"{variant.__name__} needs `{tag}: Literal['…'] = '…'`")
     return field.default
 
 
-def union_of(variants: tuple[type[Frozen], ...]) -> Any:
+def union_of(variants: tuple[type[Frozen], ...], tag: str = "kind") -> Any:
     """The tagged union of `variants`, for use as a field's type."""
     if len(variants) == 1:
         return variants[0]
-    return Annotated[Union[variants], Field(discriminator="kind")]  # noqa: UP007 - a tuple made at run time
+    return Annotated[Union[variants], Field(discriminator=tag)]  # noqa: UP007 - a tuple made at run time
