@@ -2,6 +2,27 @@
 
 A format recognises its rows, says everything that is wrong with one, and turns a good one into an `Example`.
 Formats know no tokenizer: `peft_service.tokenise` decides what an example's tokens are.
+
+Which format a row is of. `detect` asks the formats in the order of their `rank`, those with the most telling
+keys first, and takes the first that claims the row:
+
+    preference            chosen, rejected; preferred_output, chosen_messages and their partners
+    question_answering    context and answers
+    token_classification  tokens and tags
+    tokens, segments      input_ids; segments
+    unpaired              kto_tag, or a label that is true or false beside a completion, messages or an output
+    multi_label           a text, or two, and labels
+    regression            a text, or two, and score, value or a label with a fraction
+    classification        a text, or two, and a label
+    sharegpt              conversations
+    instruction           instruction and output
+    prompt_completion     completion
+    chat                  messages, of which one is an assistant's
+    prompts               prompt, or messages without an answer
+    text                  text
+
+A row without a key that its format needs is of no known format (a column mapping may make it one), unless the
+rows before it have shown what the file is: then that key is missing, and that is an error.
 """
 
 import difflib
@@ -11,7 +32,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from typing import Any, ClassVar, NoReturn
 
 from peft_service.variants import Frozen, variants_of
@@ -35,9 +57,11 @@ class Problem:
     byte_offset: int = 0
     """Of the line's first byte; of the offending byte where the line is not UTF-8 or not JSON."""
     excerpt: str = ""
+    file: str = ""
+    """In a data set of several files, the one that has the line."""
 
     def __str__(self) -> str:
-        where = ", ".join(filter(None, [f"line {self.line}" if self.line else "", self.path]))
+        where = ", ".join(filter(None, [self.file, f"line {self.line}" if self.line else "", self.path]))
         return (f"{where}: " if where else "") + self.message + (f" ({self.hint})" if self.hint else "")
 
 
@@ -89,17 +113,36 @@ class Format(Frozen):
     kind: str
 
     keys: ClassVar[tuple[str, ...]]
-    """Every key a row may have."""
+    """Every key that means something in a row."""
+    rank: ClassVar[int]
+    """`detect` asks formats with lower ranks first: those whose keys are the most telling."""
     sample: ClassVar[str]
     """A good line, for hints and documents."""
+    dialects: ClassVar[tuple[str, ...]] = ()
+    """Good lines in the other ways of writing this format."""
+    siblings: ClassVar[tuple[str, ...]] = ()
+    """Keys of other formats that a typo here may have meant: {"text", "lable"} is no plain text."""
+    keeps_columns: ClassVar[bool] = False
+    """Whether all other columns of a row are kept too."""
 
     def detect(self, row: dict[str, Any]) -> bool:
         """Whether a row claims to be of this format, however wrong it may be otherwise."""
         raise NotImplementedError
 
+    def fits(self, row: dict[str, Any]) -> bool:
+        """Whether a row of a file that is known to be of this format belongs to it, however wrong it may be.
+
+        Wider than `detect`, where a row that misses a key would be taken for another format's.
+        """
+        return self.detect(row)
+
     def check(self, row: dict[str, Any]) -> Iterator[Problem]:
-        """Yield everything that is wrong with a row. Never raises, whatever JSON can hold."""
+        """Yield everything that is wrong with the keys it knows. Never raises, whatever JSON can hold."""
         raise NotImplementedError
+
+    def doubts(self, row: dict[str, Any]) -> Iterator[Problem]:
+        """What is worth a look in a row that has no problems."""
+        return iter(())
 
     def messages_or_text(self, row: dict[str, Any]) -> Example:
         """The example in a row that has no problems."""
@@ -113,20 +156,44 @@ class Format(Frozen):
         """The classes or tags in a good row."""
         return ()
 
+    def ignored(self, row: dict[str, Any]) -> list[str]:
+        """Columns of a row that are read by nobody."""
+        return [] if self.keeps_columns else [key for key in row if key not in self.keys]
+
     def problems(self, row: dict[str, Any]) -> list[Problem]:
         """All problems of a row; of one with more than 100, the last one says that the rest is not listed."""
-        found = list(islice(self.check(row), MAX_PROBLEMS_PER_ROW + 1))
-        if "task" in row and not (isinstance(row["task"], str) and 1 <= len(row["task"]) <= 64):
-            found.insert(0, wrong_type("task", "a name of 1 to 64 characters", row["task"]))
+        found = list(islice(chain(self._columns(row), self.check(row)), MAX_PROBLEMS_PER_ROW + 1))
         if len(found) > MAX_PROBLEMS_PER_ROW:
             found[-1] = Problem("", "too_many_problems", "This row has more problems than are listed here.")
         return found
 
+    def _columns(self, row: dict[str, Any]) -> Iterator[Problem]:
+        """What is wrong with a row's columns whatever the format: typos, pictures, the task."""
+        if "task" in row and not (isinstance(row["task"], str) and 1 <= len(row["task"]) <= 64):
+            yield wrong_type("task", "a name of 1 to 64 characters", row["task"])
+        for key in row:
+            if key in self.keys:
+                continue
+            meant = typo_of(key, self.keys) or typo_of(key, self.siblings)
+            if meant and meant not in row:
+                hint = f'did you mean "{meant}"?'
+                yield Problem(join("", key), "unknown_key", f"Unknown key {shown(key)}.", hint)
+            elif key in MEDIA and row[key]:
+                message = f"The row has {key}; only text can be trained on."
+                yield Problem(key, "unsupported_content", message)
+
+
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+"""Columns that no row may lose in silence: the text is about them."""
+
 
 def unknown_keys(found: dict[str, Any], known: Collection[str], path: str = "") -> Iterator[Problem]:
-    """A problem for every key of `found` that is not in `known`, with the key that was probably meant."""
-    for key in found:
-        if key not in known:
+    """A problem for every key of `found` that is not in `known`, with the key that was probably meant.
+
+    A key without a value says nothing, so it passes: OpenAI's client writes what it did not use as null.
+    """
+    for key, value in found.items():
+        if key not in known and value is not None:
             yield Problem(
                 join(path, key),
                 "unknown_key",
@@ -141,6 +208,29 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
         return ""
     near = difflib.get_close_matches(word[:64].lower(), known, n=1, cutoff=0.7)
     return f'did you mean "{near[0]}"?' if near else ""
+
+
+@lru_cache(4096)
+def typo_of(word: str, known: tuple[str, ...]) -> str:
+    """The one of `known` that differs from `word` by one slip of the finger, or in case and dashes; or "".
+
+    Stricter than `did_you_mean`: what is not a typo may be a column of its own (`task_id`, `prompt_id`).
+    """
+    if not 4 <= len(word) <= 64:
+        return ""
+    plain = word.lower().replace("-", "_").replace(" ", "_")
+    return next((name for name in known if len(name) >= 4 and _one_slip(plain, name)), "")
+
+
+def _one_slip(one: str, other: str) -> bool:
+    """Equal up to one letter more, less or other, or two letters swapped (Damerau and Levenshtein)."""
+    if abs(len(one) - len(other)) > 1:
+        return False
+    while one and other and one[0] == other[0]:
+        one, other = one[1:], other[1:]
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    return max(len(one), len(other)) <= 1 or (len(one) == 2 and one == other[::-1])
 
 
 def wrong_type(path: str, wanted: str, value: Any, hint: str = "") -> Problem:
@@ -279,13 +369,17 @@ def _unstorable(text: str, path: str) -> Iterator[Problem]:
 FORMATS: tuple[type[Format], ...] = variants_of(Format, __name__, __path__)  # type: ignore[assignment]
 
 
+_BY_RANK: tuple[Format, ...] = tuple(
+    variant()  # type: ignore[call-arg]
+    for variant in sorted(
+        FORMATS, key=lambda variant: (variant.rank, str(variant.model_fields["kind"].default))
+    )
+)
+
+
 def detect(row: dict[str, Any]) -> Format | None:
     """The format that a row claims to be of."""
-    for variant in FORMATS:
-        made = variant()  # type: ignore[call-arg]
-        if made.detect(row):
-            return made
-    return None
+    return next((format for format in _BY_RANK if format.detect(row)), None)
 
 
 def format_of(kind: str) -> Format:
@@ -294,7 +388,7 @@ def format_of(kind: str) -> Format:
     Raises:
         KeyError: there is none.
     """
-    for variant in FORMATS:
-        if variant.model_fields["kind"].default == kind:
-            return variant()  # type: ignore[call-arg]
+    for format in _BY_RANK:
+        if format.kind == kind:
+            return format
     raise KeyError(kind)

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from peft_service.formats import Example, Format, Problem, unknown_keys, wrong_type
+from peft_service.formats import Example, Format, Problem, wrong_type
 
 
 class QuestionAnswering(Format):
     kind: Literal["question_answering"] = "question_answering"
 
     keys = ("id", "title", "question", "context", "answers", "task")
+    rank = 15
     sample = (
         '{"question": "Who wrote it?", "context": "Ada wrote it.", '
         '"answers": {"text": ["Ada"], "answer_start": [0]}}'
@@ -19,7 +20,6 @@ class QuestionAnswering(Format):
         return "context" in row and "answers" in row
 
     def check(self, row: dict[str, Any]) -> Iterator[Problem]:
-        yield from unknown_keys(row, self.keys)
         for key in ("question", "context"):
             if not isinstance(row.get(key), str) or not row[key].strip():
                 yield wrong_type(key, "a string that is not empty", row.get(key))

@@ -3,20 +3,23 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from peft_service.formats import Example, Format, Problem, unknown_keys, wrong_type
+from peft_service.formats import Example, Format, Problem, wrong_type
 
 
 class TokenClassification(Format):
     kind: Literal["token_classification"] = "token_classification"
 
     keys = ("tokens", "tags", "task")
+    rank = 20
     sample = '{"tokens": ["Ada", "wrote", "it"], "tags": ["B-PER", "O", "O"]}'
 
     def detect(self, row: dict[str, Any]) -> bool:
         return "tokens" in row and "tags" in row
 
+    def fits(self, row: dict[str, Any]) -> bool:
+        return "tokens" in row
+
     def check(self, row: dict[str, Any]) -> Iterator[Problem]:
-        yield from unknown_keys(row, self.keys)
         words, tags = row.get("tokens"), row.get("tags")
         for key, value in (("tokens", words), ("tags", tags)):
             if not isinstance(value, list):
