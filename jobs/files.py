@@ -26,7 +26,7 @@ from peft_service.errors import (
     ObjectNotFound,
     TooLarge,
 )
-from peft_service.spec import DataFile
+from peft_service.spec import DataFile, DataPart
 from peft_service.store import Store
 from peft_service.validate import Report, validate
 
@@ -70,7 +70,14 @@ class FileRow:
             format=self.format or "",
             labels=tuple(statistics.get("labels", ())),
             tasks=tuple(statistics.get("tasks", ())),
+            name=self.filename,
+            parts=self.parts,
         )
+
+    @property
+    def parts(self) -> tuple[DataPart, ...]:
+        """Its objects, if it was brought from elsewhere (`jobs.imports`); an upload is the one at `key`."""
+        return tuple(DataPart(**part) for part in (self.report or {}).get("parts", ()))
 
 
 @dataclass(frozen=True)
@@ -344,10 +351,10 @@ def _uses(file: Any) -> ColumnElement[bool]:
 
 
 def _forget_bytes(store: Store, row: FileRow) -> None:
-    if row.key.startswith(
-        f"{row.project_id}/files/"
-    ):  # a result file may name an object of a run or an adapter
-        store.delete(row.key)
+    for key in [part.key for part in row.parts] or [row.key]:
+        # A result file may name an object of a run or an adapter.
+        if key.startswith(f"{row.project_id}/files/"):
+            store.delete(key)
 
 
 # ------------------------------------------------------------------------------------------------- uploads

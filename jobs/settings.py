@@ -87,6 +87,14 @@ class Settings(BaseSettings):
     """Largest file that the API accepts."""
     base_models_allow: Annotated[tuple[str, ...], NoDecode] = ()
     """Prefixes of the base model URIs that users may name or register, comma separated; empty: any URI."""
+    data_allow: Annotated[tuple[str, ...], NoDecode] = ()
+    """Where data may be brought from beside uploads, comma separated: absolute directories of this machine
+    (none listed: no `file://`), and prefixes `s3://…` and `hf://…` (none of a scheme listed: all of it)."""
+    data_hosts: Annotated[tuple[str, ...], NoDecode] = ()
+    """Hosts that data may be brought from by `https://`, comma separated: `host` or `host:port`. A host whose
+    address is private counts only if that address, or its network, is listed too: `10.0.0.0/8`."""
+    max_source_bytes: int = Field(16 << 30, ge=1)
+    """Largest data set that is brought in from elsewhere, all its files together."""
 
     @field_validator("data_dir", "ray_auth_token_path", "train_ray_auth_token_path")
     @classmethod
@@ -100,7 +108,7 @@ class Settings(BaseSettings):
             raise ValueError("a path with ?, # or % cannot be written in a database URL")
         return path
 
-    @field_validator("base_models_allow", mode="before")
+    @field_validator("base_models_allow", "data_allow", "data_hosts", mode="before")
     @classmethod
     def _comma_separated(cls, value: Any) -> Any:
         return (
