@@ -20,12 +20,13 @@ from peft_service.tasks import Architecture, Task
 
 class CPO(Objective):
     kind: Literal["cpo"] = "cpo"
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0, le=100)
     """How much a difference of the log-probabilities counts."""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """The function of the difference between the log-probabilities; `ipo` takes their means over tokens."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """ε: the share of the pairs that are taken to be the wrong way round; for `sigmoid`."""
-    cpo_alpha: float = Field(default=1.0, ge=0)
+    cpo_alpha: float = Field(default=1.0, ge=0, le=100)
     """Weight of the likelihood of the better answers."""
 
     rows: ClassVar[Rows] = "pairs"

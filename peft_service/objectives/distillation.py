@@ -35,6 +35,8 @@ class Distillation(Objective):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Weight of the teacher; the rest is of the rows' own tokens."""
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
+    """How far the two distributions are apart: forward covers all that the teacher finds possible, reverse
+    keeps to what it finds likely, jensen_shannon is between them."""
 
     formats: ClassVar[tuple[str, ...]] = (
         "chat", "sharegpt", "instruction", "prompt_completion", "tokens", "segments", "text",

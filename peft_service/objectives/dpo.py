@@ -22,10 +22,11 @@ from peft_service.tasks import Architecture, Task
 
 class DPO(Objective):
     kind: Literal["dpo"] = "dpo"
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0, le=100)
     """How much a change of the log-probability ratio counts: the larger, the nearer to the base the model
     stays. Of IPO, the regularisation τ."""
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
+    """The function of the difference h between the two rewards."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """ε: the share of the pairs that are taken to be the wrong way round; for `sigmoid` and `robust`."""
 

@@ -20,12 +20,12 @@ from peft_service.tasks import Architecture, Task
 
 class KTO(Objective):
     kind: Literal["kto"] = "kto"
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0, le=100)
     """How much a change of the log-probability ratio counts: the larger, the nearer to the base the model
     stays."""
-    desirable_weight: float = Field(default=1.0, gt=0)
+    desirable_weight: float = Field(default=1.0, gt=0, le=100)
     """Weight of good answers: times their number 1 to 4/3 of the same of bad ones, says the paper."""
-    undesirable_weight: float = Field(default=1.0, gt=0)
+    undesirable_weight: float = Field(default=1.0, gt=0, le=100)
     """Weight of bad answers."""
 
     rows: ClassVar[Rows] = "unpaired"

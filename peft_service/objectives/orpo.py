@@ -21,7 +21,7 @@ from peft_service.tasks import Architecture, Task
 
 class ORPO(Objective):
     kind: Literal["orpo"] = "orpo"
-    beta: float = Field(default=0.1, ge=0)
+    beta: float = Field(default=0.1, ge=0, le=100)
     """Weight of the odds ratio: the paper's λ."""
 
     rows: ClassVar[Rows] = "pairs"

@@ -16,7 +16,7 @@ from peft_service.tasks import Architecture, Task
 
 class Reward(Objective):
     kind: Literal["reward"] = "reward"
-    center_coefficient: float = Field(default=0.0, ge=0)
+    center_coefficient: float = Field(default=0.0, ge=0, le=100)
     """Pulls the mean of the rewards to zero, which differences alone leave open; 0.01 is usual."""
 
     rows: ClassVar[Rows] = "pairs"

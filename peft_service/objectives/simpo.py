@@ -15,9 +15,9 @@ from peft_service.tasks import Architecture, Task
 
 class SimPO(Objective):
     kind: Literal["simpo"] = "simpo"
-    beta: float = Field(default=2.0, gt=0)
+    beta: float = Field(default=2.0, gt=0, le=100)
     """What the mean log-probability of a token is multiplied with."""
-    gamma_ratio: float = Field(default=0.5, ge=0)
+    gamma_ratio: float = Field(default=0.5, ge=0, le=100)
     """γ / β: by how much a token's mean log-probability is to be larger in the better answer."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """The share of the pairs that are taken to be the wrong way round."""

@@ -61,8 +61,50 @@ class Golden:
 
 
 def names() -> list[str]:
-    """Of all files."""
-    return sorted(path.stem for path in DIRECTORY.glob("*.safetensors"))
+    """Of all files about methods; those about objectives have a loader of their own."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.safetensors") if "objectives-" not in path.stem)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What TRL computes for one case of `objectives-<name>.safetensors`; README.md says what is in it."""
+
+    case: str
+    rows: list[dict[str, Any]]
+    """Token ids by part of the row: prompt, chosen, rejected; or prompt, completion, other, label."""
+    options: dict[str, Any]
+    """TRL's own."""
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    """Of the loss, for every trainable parameter."""
+    base_config: dict[str, Any]
+    lora: dict[str, Any]
+    """Arguments of peft's LoraConfig."""
+    scale: float
+    """Parameter t (names sorted) of the adapter is scale·chirp(shape, t + 100); all others are the base's."""
+    kl: float | None
+
+
+def losses(name: str) -> dict[str, Losses]:
+    """The cases of the file `objectives-<name>.safetensors`."""
+    with safe_open(DIRECTORY / f"objectives-{name}.safetensors", framework="pt") as file:
+        meta = json.loads(file.metadata()["objectives"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    found = {}
+    for case, what in meta["cases"].items():
+        start = f"gradient.{case}."
+        found[case] = Losses(
+            case=case,
+            rows=what.get("rows", meta["rows"]),
+            options=what["options"],
+            loss=what["loss"],
+            gradients={key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)},
+            base_config=meta["base"],
+            lora=meta["lora"],
+            scale=meta["scale"],
+            kl=what.get("kl"),
+        )
+    return found
 
 
 def load(name: str) -> Golden:
