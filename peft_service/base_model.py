@@ -34,6 +34,8 @@ WANTED = re.compile(
 )
 """The only files that are fetched. Anything else in a repository (.bin, .py, .gguf) is never read."""
 
+WEIGHTS = re.compile(r"\.safetensors(\.index\.json)?$")
+
 MAX_HEADER_BYTES = 100 << 20
 """The safetensors format's own limit."""
 
@@ -255,7 +257,27 @@ def fetch(base: Base, cache: Path) -> Path:
         directory = _file_directory(base.uri)
         shape_of_directory(directory, base.uri)
         return directory
+    return _fetched(base, cache, weights=True)
+
+
+def fetch_tokenizer(base: Base, cache: Path) -> Path:
+    """A directory with what is small of `base`: config, tokenizer and chat template, but no weights.
+
+    For whoever only tokenises. Where it is `file://`, the directory itself.
+
+    Raises:
+        UnknownBase: it is not there.
+        StoreUnavailable: the object store does not answer; worth a retry.
+    """
+    if base.uri.startswith("file://"):
+        return _file_directory(base.uri)
+    return _fetched(base, cache, weights=False)
+
+
+def _fetched(base: Base, cache: Path, *, weights: bool) -> Path:
+    """The directory in `cache` that a base of a bucket or the Hub was downloaded into, once."""
     name = hashlib.sha256(f"{base.uri}@{base.revision}#{base.digest}".encode()).hexdigest()[:24]
+    name += "" if weights else "-tokenizer"
     target = cache / name
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{name}.lock"):
@@ -263,10 +285,11 @@ def fetch(base: Base, cache: Path) -> Path:
             partial = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
             try:
                 if base.uri.startswith("hf://"):
-                    _download_from_hub(base, partial)
+                    _download_from_hub(base, partial, weights)
                 else:
-                    _download_from_store(base.uri, partial)
-                shape_of_directory(partial, base.uri)
+                    _download_from_store(base.uri, partial, weights)
+                if weights:
+                    shape_of_directory(partial, base.uri)
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -659,7 +682,7 @@ def _hub_call(uri: str, call: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _download_from_hub(base: Base, target: Path) -> None:
+def _download_from_hub(base: Base, target: Path, weights: bool) -> None:
     from huggingface_hub import snapshot_download
 
     repository, revision = _hub_parts(base.uri)
@@ -675,15 +698,16 @@ def _download_from_hub(base: Base, target: Path) -> None:
             revision=base.revision or revision,
             local_dir=target,
             allow_patterns=patterns,
-            ignore_patterns=["*/*", "*.py", "*.bin"],
+            ignore_patterns=["*/*", "*.py", "*.bin", *(() if weights else ("*.safetensors*",))],
         ),
     )
 
 
-def _download_from_store(uri: str, target: Path) -> None:
+def _download_from_store(uri: str, target: Path, weights: bool) -> None:
     source = _StoreSource(uri)
     for name in source.sizes():
-        source.store.download(name, target / name)
+        if weights or not WEIGHTS.search(name):
+            source.store.download(name, target / name)
 
 
 @contextlib.contextmanager
