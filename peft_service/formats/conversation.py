@@ -572,7 +572,9 @@ def check_tools(tools: Any, path: str = "tools") -> Iterator[Problem]:
             yield Problem(path, "bad_tools", f"{path} is a string, but not of JSON: {error.message}", hint)
             return
         if problems:
-            yield from (replace(problem, path=join(path, problem.path)) for problem in problems)
+            for problem in problems:
+                inside = problem.path.startswith("[")
+                yield replace(problem, path=path + problem.path if inside else join(path, problem.path))
             return
     if tools is None or isinstance(tools, str):
         return
