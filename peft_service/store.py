@@ -25,7 +25,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -55,6 +55,8 @@ class ObjectInfo:
     """Bytes."""
     modified: float
     """Unix seconds; whole seconds on S3."""
+    version: str = field(default="", compare=False)
+    """Another one for other content: the ETag on S3, which one server may write differently in a listing."""
 
 
 class Store(Protocol):
@@ -232,7 +234,8 @@ class FileStore:
                 stat = path.stat()
         except ObjectNotFound:
             return None
-        return ObjectInfo(key, stat.st_size, stat.st_mtime) if path.is_file() else None
+        version = f"{stat.st_mtime_ns}-{stat.st_ino}-{stat.st_size}"
+        return ObjectInfo(key, stat.st_size, stat.st_mtime, version) if path.is_file() else None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         folder, _, _ = _check_prefix(prefix).rpartition("/")
@@ -510,7 +513,7 @@ class S3Store:
                     client.head_bucket(Bucket=self.bucket)
                 self._bucket_seen = True
             return None
-        return ObjectInfo(key, head["ContentLength"], _seconds(head["LastModified"]))
+        return ObjectInfo(key, head["ContentLength"], _seconds(head["LastModified"]), head.get("ETag", ""))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self._pages(_check_prefix(prefix))
@@ -532,7 +535,8 @@ class S3Store:
             for found in page.get("Contents", ()):
                 key = found["Key"].removeprefix(self._root)
                 if not _reason_against(key):  # as the "folder/" that a web console makes
-                    yield ObjectInfo(key, found["Size"], _seconds(found["LastModified"]))
+                    modified = _seconds(found["LastModified"])
+                    yield ObjectInfo(key, found["Size"], modified, found.get("ETag", ""))
 
     def copy(self, source: str, target: str) -> None:
         origin, place = self._place(source), self._place(target)

@@ -2,7 +2,7 @@
 
 How values become JSON: numbers, text, booleans and null as they are; lists to arrays, structs and maps (with
 text keys) to objects; binary to the text that it is in UTF-8; decimals to numbers; dates, times and
-timestamps to text as Arrow writes them (`2024-01-31 12:00:00`, with a Z where the type has a time zone),
+timestamps to text as Arrow writes them (`2024-01-31 12:00:00.000`, with a Z where the type has a time zone),
 durations to their integer, dictionary-encoded values to what they stand for. NaN and infinity are problems,
 as is every value that would change on the way: bytes that are no text, decimals with more digits than a
 number keeps.

@@ -1,4 +1,4 @@
-"""gzip and Zstandard around any container, a chunk at a time: a bomb takes constant memory, and is reported."""
+"""gzip and Zstandard around any container, by chunks: a bomb takes constant memory, and is reported."""
 
 import zlib
 from collections.abc import Iterator

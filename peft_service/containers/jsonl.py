@@ -74,7 +74,7 @@ def parse_line(line: Line) -> tuple[dict[str, Any] | None, list[Problem]]:
 
 
 def read(chunks: Iterable[bytes], warn: Callable[[Problem], None], foreign: str = "") -> Iterator[Record]:
-    """The records of JSON Lines. `foreign`: the hint where a line is none, as the file looks like something else.
+    """The records of JSON Lines. `foreign`: the hint where a line is no JSON.
 
     A byte order mark at the start (Azure's guide asks for one) and blank lines at the end do no harm: they
     are warnings. Anywhere else both are problems.

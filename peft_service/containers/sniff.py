@@ -125,12 +125,7 @@ def _binary(head: bytes) -> Container | None:
     if re.match(rb"\x80[\x02-\x05]", head):
         hint = "write its rows as JSON Lines; pickles run code when they are read, so none ever is"
         return Container("unknown", "", "", "a Python pickle", hint)
-    if (
-        len(head) > 10
-        and int.from_bytes(head[:8], "little") < 2**32
-        and head[8:9] == b"{"
-        and b"\0" in head[:8]
-    ):
+    if head[4:9] == b"\0\0\0\0{":  # the length of its header, in eight bytes
         hint = "these are weights of a model; upload the data it is to be trained on"
         return Container("unknown", "", "", "a safetensors file", hint)
     if head[257:262] == b"ustar":
