@@ -346,7 +346,7 @@ def _with(
 ) -> Plan:
     """The plan for this many workers at this stage, with the largest microbatch that fits (or 1)."""
     training = spec.training
-    steps = steps_of(spec.data.training.rows, training)
+    steps = steps_of(spec.data.rows, training)
     rows_per_worker = math.ceil(training.batch_size / workers)
     trainable = methods.trainable(spec.method, shape, case_of(spec, shape))
 
@@ -430,7 +430,11 @@ def _memory(
     gradients = math.ceil(trainable * width / shards[1])
     optimizer = math.ceil(trainable * (8 if precision == "fp32" else 12) / shards[2])
 
-    tokens = microbatch * training.max_seq_len
+    # A row of pairs, or with a mismatched partner, is two sequences; a prompt grows by its answer.
+    objective = spec.objective
+    sequences = 2 if objective.rows in ("pairs", "unpaired") else 1
+    answer = int(getattr(objective, "max_new_tokens", 0)) if objective.generates else 0
+    tokens = microbatch * sequences * (training.max_seq_len + answer)
     per_token = sum(out + inner for _, out, inner in shape.linears)
     boundary = shape.layers * shape.hidden
     if checkpointing:
@@ -482,7 +486,7 @@ def _fits_device(plan: Plan, capacity: Capacity) -> bool:
 
 
 def _arithmetic(spec: FineTuneSpec, shape: ModelShape, plan: Plan) -> tuple[str, ...]:
-    training, rows, memory = spec.training, spec.data.training.rows, plan.memory
+    training, rows, memory = spec.training, spec.data.rows, plan.memory
     epochs = f"{training.n_epochs} epoch{'s' if training.n_epochs > 1 else ''}"
     cap = f", at most {training.max_steps} steps" if training.max_steps else ""
     held = "NF4 and " + plan.precision if spec.base.quantize else plan.precision

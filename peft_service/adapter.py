@@ -376,7 +376,11 @@ def card(
     rows = [f"| {name} | {value} |" for name, value in _hyperparameters(spec)]
     metrics = [f"| {name} | {value:.4f} |" for name, value in sorted(record["metrics"].items())]
     checks = [f"- {check.name}: {check.detail}" for check in proof.checks]
-    data = [f"- training: {spec.data.training.rows} rows, sha256 `{spec.data.training.sha256}`"]
+    data = [f"- training: {source.rows} rows, sha256 `{source.sha256}`" for source in spec.data.sources]
+    data.append(f"- objective: {spec.objective.kind}: {spec.objective.summary}")
+    if spec.data.template is not None:
+        named = spec.data.template.name or "given inline"
+        data.append(f"- chat template: {named}, sha256 `{spec.data.template.sha256}`")
     if spec.data.validation:
         data.append(f"- validation: {spec.data.validation.rows} rows, sha256 `{spec.data.validation.sha256}`")
     versions = ", ".join(f"{name} {number}" for name, number in sorted(proof.software.items()))
@@ -397,7 +401,7 @@ def card(
             "## Load it",
             "",
             "```python",
-            *_loading(carrier, task, spec.base.id, len(spec.data.training.labels)),
+            *_loading(carrier, task, spec.base.id, len(spec.objective.labels(spec.data.labels))),
             'tokenizer = AutoTokenizer.from_pretrained("this/folder")',
             "```",
             "",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_service.objectives.sft import IGNORE
+from peft_service.packing import balanced
 from peft_service.spec import Training
 from peft_service.tasks import Task
 from peft_service.tokenise import Tokenised
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Batch:
-    """A microbatch, right-padded to its longest row."""
+    """A microbatch, right-padded to its longest line. Of pairs, two lines are a row."""
 
     tokens_BT: "Tensor"
     """int64"""
@@ -60,6 +61,8 @@ class Batch:
     """A frozen model whose distribution is learned."""
     shared: "Tensor | None" = None
     """float64: what `Objective.shared` has summed up over the whole step."""
+    rows: tuple[int, ...] = ()
+    """Rows of the data set, in the order of their sequences."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further inputs of the forward pass, which the method has set."""
 
@@ -70,7 +73,8 @@ class Batch:
         if self.positions_BT is None:
             given["attention_mask"] = self.mask_BT
         else:
-            given["position_ids"] = self.positions_BT
+            # With a cache, or a mask, transformers does not look for restarting positions.
+            given |= {"position_ids": self.positions_BT, "use_cache": False}
         return given if self.decoder_BT is None else {**given, "decoder_input_ids": self.decoder_BT}
 
 
@@ -98,40 +102,47 @@ def steps_of_epoch(rows: int, training: Training) -> int:
     return -(-rows // training.batch_size)
 
 
-@lru_cache(maxsize=4)
-def _drawn(row_tasks: bytes, temperature: float, epoch: int, seed: int) -> NDArray[np.int64]:
-    """As many rows as there are, each from a task drawn with its share n^(1/T) (Raffel et al. 2020,
-    arXiv:1910.10683, section 3.5.2), then in turn from that task's own permutation."""
-    tasks = np.frombuffer(row_tasks, dtype=np.int32)
-    sizes = np.bincount(tasks).astype(np.float64)
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Rows drawn by group (a task, or a source of a mixture) instead of each once an epoch."""
+
+    groups: NDArray[np.int32]
+    """(rows,) the group of each row."""
+    shares: tuple[float, ...]
+    """How much of an epoch is of each group, in any unit."""
+
+
+def by_task(row_tasks: NDArray[np.int32], temperature: float) -> Draw:
+    """A task of n rows has a share of n^(1/T) (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2)."""
+    sizes = np.bincount(row_tasks).astype(np.float64)
     shares = np.where(sizes > 0, sizes, 1.0) ** (1.0 / temperature) * (sizes > 0)
+    return Draw(row_tasks, tuple(shares.tolist()))
+
+
+@lru_cache(maxsize=4)
+def _drawn(draw: Draw, epoch: int, seed: int) -> NDArray[np.int64]:
+    """As many rows as there are, each from a group drawn by its share, then in turn from that group's own
+    permutation."""
+    shares = np.array(draw.shares)
     key = hashlib.sha256(f"tasks {seed} {epoch}".encode()).digest()
-    raw = np.random.Philox(key=np.frombuffer(key[:16], dtype="<u8")).random_raw(len(tasks))
+    raw = np.random.Philox(key=np.frombuffer(key[:16], dtype="<u8")).random_raw(len(draw.groups))
     uniform = (raw >> np.uint64(11)) / np.float64(1 << 53)
     chosen = np.searchsorted(np.cumsum(shares / shares.sum()), uniform, side="right")
-    drawn = np.empty(len(tasks), dtype=np.int64)
-    for task in np.unique(chosen):
-        mine = np.flatnonzero(tasks == task)
-        places = np.flatnonzero(chosen == task)
+    drawn = np.empty(len(draw.groups), dtype=np.int64)
+    for group in np.unique(chosen):
+        mine = np.flatnonzero(draw.groups == group)
+        places = np.flatnonzero(chosen == group)
         turns = -(-len(places) // len(mine))
-        queue = [mine[order(len(mine), epoch * 1000 + turn, seed + int(task))] for turn in range(turns)]
+        queue = [mine[order(len(mine), epoch * 1000 + turn, seed + int(group))] for turn in range(turns)]
         drawn[places] = np.concatenate(queue)[: len(places)]
     drawn.setflags(write=False)
     return drawn
 
 
 def rows_of_step(
-    step: int,
-    rows: int,
-    training: Training,
-    seed: int,
-    *,
-    row_tasks: NDArray[np.int32] | None = None,
-    temperature: float | None = None,
+    step: int, rows: int, training: Training, seed: int, *, draw: Draw | None = None
 ) -> list[int]:
     """The rows, in order, of step `step`; steps count from 0, so this makes update number `step + 1`.
-
-    With a `temperature` and tasks, an epoch draws its rows by task instead of taking each once.
 
     Raises:
         IndexError: the run has no such step.
@@ -140,12 +151,29 @@ def rows_of_step(
         raise IndexError(f"step {step} of a run of {steps_of(rows, training)} steps (from 0)")
     epoch, within = divmod(step, steps_of_epoch(rows, training))
     start = within * training.batch_size
-    if temperature is not None and row_tasks is not None:
-        epochs_rows = _drawn(row_tasks.astype(np.int32).tobytes(), temperature, epoch, seed)
-    else:
-        epochs_rows = order(rows, epoch, seed)
+    epochs_rows = order(rows, epoch, seed) if draw is None else _drawn(draw, epoch, seed)
     taken: list[int] = epochs_rows[start : start + training.batch_size].tolist()
     return taken
+
+
+def layout(
+    lengths: Sequence[int], rank: int, world: int, microbatch: int, capacity: int | None = None
+) -> list[list[list[int]]]:
+    """Which of a step's rows `rank` of `world` computes: its microbatches, each of lines, each of rows.
+
+    Rows are numbers from 0 in the order of `lengths`, their sizes in tokens. With a `capacity`, rows are
+    packed into lines of at most so many tokens; without, a row is a line, and lines are sorted by length, so
+    that those of one microbatch need little padding. Every rank gets the same number of microbatches, since
+    under ZeRO-3 each forward pass is a collective: a rank with fewer lines gets empty microbatches.
+    """
+    if capacity is None:
+        order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+        lines = [[row] for row in order]
+    else:
+        lines = balanced(lengths, capacity, world)
+    most = -(-len(lines) // world)
+    mine = lines[rank::world]
+    return [mine[start : start + microbatch] for start in range(0, most, microbatch)]
 
 
 def microbatches(
@@ -161,65 +189,94 @@ def microbatches(
     start_id: int = 0,
     classes: int = 0,
     pad_left: bool = False,
+    capacity: int | None = None,
 ) -> list[Batch]:
-    """What `rank` of `world` computes of `rows`: its rows are `rows[rank::world]`, `microbatch` at a time.
-
-    Every rank gets the same number of microbatches, since under ZeRO-3 each forward pass is a collective: a
-    rank with fewer rows gets a padding row without targets in the place of a missing microbatch.
+    """What `rank` of `world` computes of `rows`, laid out by `layout`.
 
     `start_id` is what an encoder-decoder's decoder starts with. `pad_left` suits a decoder that classifies by
-    its last token. `classes` is the number of classes of a multi-task file.
+    its last token. `classes` is the number of classes of a multi-task file. `capacity` packs rows into lines
+    of so many tokens for each sequence of a row; a batch is then as wide as its widest line.
     """
-    most = -(-len(rows) // world)
-    mine = list(rows[rank::world])
+    lengths = tokenised.lengths(rows).sum(axis=1).tolist()
+    room = None if capacity is None else capacity * tokenised.sequences
     return [
-        _batch(tokenised, mine[start : start + microbatch], pad_id, device, task, start_id, classes, pad_left)
-        for start in range(0, most, microbatch)
+        _batch(
+            tokenised,
+            [[rows[row] for row in line] for line in lines],
+            pad_id,
+            device,
+            task,
+            start_id,
+            classes,
+            pad_left,
+            packed=capacity is not None,
+        )
+        for lines in layout(lengths, rank, world, microbatch, room)
     ]
 
 
 def _batch(
     tokenised: Tokenised,
-    rows: Sequence[int],
+    lines: Sequence[Sequence[int]],
     pad_id: int,
     device: Any,
     task: Task,
     start_id: int,
     classes: int,
     pad_left: bool,
+    packed: bool,
 ) -> Batch:
     import torch
 
-    pairs = [tokenised.row(row) for row in rows]
-    count = max(1, len(pairs))
-    decoder_BT = allowed_BC = None
-    if task == "seq2seq_lm":
+    rows = [row for line in lines for row in line]
+    count = tokenised.sequences
+    numbers = [row * count + part for row in rows for part in range(count)]
+    pairs = [tokenised.row(number) for number in numbers]
+    least = max(1, len(rows)) * count
+    decoder_BT = allowed_BC = positions_BT = None
+    if packed:
+        lengths = [[tokenised.lengths([row])[0].tolist() for row in line] for line in lines]
+        tokens_BT, labels_BT, mask_BT, sequence_BT, positions_BT = _packed(lengths, pairs, pad_id, count)
+    elif task == "seq2seq_lm":
         sources = [ids[targets == 0] for ids, targets in pairs]
         answers = [ids[targets == 1] for ids, targets in pairs]
-        tokens_BT, mask_BT = _padded(sources, count, pad_id)
-        labels_BT, _ = _padded(answers, count, IGNORE)
+        tokens_BT, mask_BT = _padded(sources, least, pad_id)
+        labels_BT, answer_BT = _padded(answers, least, IGNORE)
         decoder_BT = np.full_like(labels_BT, start_id)
         decoder_BT[:, 1:] = np.where(labels_BT[:, :-1] == IGNORE, pad_id, labels_BT[:, :-1])
+        sequence_BT = np.where(answer_BT == 1, np.arange(least)[:, None], -1)
     else:
-        tokens_BT, mask_BT = _padded([ids for ids, _ in pairs], count, pad_id, pad_left)
+        tokens_BT, mask_BT = _padded([ids for ids, _ in pairs], least, pad_id, pad_left)
+        sequence_BT = np.where(mask_BT == 1, np.arange(least)[:, None], -1)
         if task == "causal_lm":
             marked = [np.where(targets == 1, ids, IGNORE) for ids, targets in pairs]
-            labels_BT, _ = _padded(marked, count, IGNORE)
+            labels_BT, _ = _padded(marked, least, IGNORE, pad_left)
         elif task == "token_classification":
-            labels_BT, _ = _padded([tokenised.token_labels(row) for row in rows], count, IGNORE)
+            labels_BT, _ = _padded([tokenised.token_labels(row) for row in rows], least, IGNORE)
         else:
-            width = 2 if task == "question_answering" else 1
-            labels_BT = np.full((count, width), IGNORE, dtype=np.int64)
+            labels_BT = np.full((least, 2 if task == "question_answering" else 1), IGNORE, dtype=np.int64)
             for place, row in enumerate(rows):
-                labels_BT[place] = tokenised.row_labels(row)
+                # Of rows without a class (pairs, numbers), 0 says that there is a row and not only padding.
+                labels_BT[place * count : (place + 1) * count] = (
+                    0 if tokenised.row_values is None else tokenised.row_labels(row)
+                )
     if not pairs:
         # A row that attends to nothing is a softmax over nothing: NaN, and 0 * NaN in the gradients.
         mask_BT[:] = 1
+        if not packed:
+            sequence_BT = np.broadcast_to(np.arange(least)[:, None], sequence_BT.shape).copy()
     task_B = None
     if tokenised.row_tasks is not None:
         task_B = np.array([tokenised.row_tasks[row] for row in rows] or [0], dtype=np.int64)
         if task == "sequence_classification" and tokenised.class_tasks is not None:
             allowed_BC = tokenised.class_tasks[None, :classes] == task_B[:, None]
+    values_BK = reference_S = None
+    if tokenised.row_numbers is not None:
+        values_BK = np.zeros((max(1, len(rows)), tokenised.row_numbers.shape[1]), dtype=np.float32)
+        values_BK[: len(rows)] = tokenised.row_numbers[rows]
+    if tokenised.reference is not None:
+        reference_S = np.zeros(least, dtype=np.float32)
+        reference_S[: len(numbers)] = tokenised.reference[numbers]
 
     def placed(array: "NDArray[Any] | None") -> Any:
         return None if array is None else torch.from_numpy(array).to(device)
@@ -231,7 +288,51 @@ def _batch(
         decoder_BT=placed(decoder_BT),
         task_B=placed(task_B),
         allowed_BC=placed(allowed_BC),
+        sequence_BT=placed(sequence_BT),
+        positions_BT=placed(positions_BT),
+        values_BK=placed(values_BK),
+        reference_S=placed(reference_S),
+        rows=tuple(rows),
     )
+
+
+def _packed(
+    lines: Sequence[Sequence[Sequence[int]]],
+    pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]],
+    pad_id: int,
+    count: int,
+) -> tuple[NDArray[np.int64], ...]:
+    """(tokens, labels, mask, sequence, positions), each (B, T): sequences behind one another in their lines.
+
+    `lines` has the lengths of the sequences of each row of each line; `pairs` all sequences in that order.
+    Positions restart on padding too: to attention it is one more sequence.
+    """
+    sizes = [[int(length) for row in line for length in row] for line in lines]
+    # No line at all: a padding microbatch, whose sequences have two tokens each and no target.
+    width = max((sum(line) for line in sizes), default=2 * count)
+    shape = (max(1, len(lines)), max(width, 2))
+    tokens_BT = np.full(shape, pad_id, dtype=np.int64)
+    labels_BT = np.full(shape, IGNORE, dtype=np.int64)
+    mask_BT = np.zeros(shape, dtype=np.int64)
+    sequence_BT = np.full(shape, -1, dtype=np.int64)
+    positions_BT = np.tile(np.arange(shape[1]), (shape[0], 1))
+    number = 0
+    for line, lengths in enumerate(sizes):
+        at = 0
+        for length in lengths:
+            ids, targets = pairs[number]
+            here = slice(at, at + length)
+            tokens_BT[line, here] = ids
+            labels_BT[line, here] = np.where(targets == 1, ids, IGNORE)
+            mask_BT[line, here] = 1
+            sequence_BT[line, here] = number
+            positions_BT[line, here] = np.arange(length)
+            number, at = number + 1, at + length
+        positions_BT[line, at:] = np.arange(shape[1] - at)
+    if not lines:
+        sequence_BT[0] = np.repeat(np.arange(count), 2)
+        positions_BT[0] = np.tile([0, 1], count)
+    return tokens_BT, labels_BT, mask_BT, sequence_BT, positions_BT
 
 
 def _padded(

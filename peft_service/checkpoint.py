@@ -49,8 +49,11 @@ def save(
     progress: Mapping[str, Any],
     adapter: Path,
     workdir: Path,
+    *,
+    best: int | None = None,
 ) -> str:
-    """Commit a checkpoint and remove all but the newest three of this attempt; returns its key.
+    """Commit a checkpoint and remove all but the newest three of this attempt and that of step `best`;
+    returns its key.
 
     `progress` needs "step"; `adapter` is a directory with the artifact of now. One rank calls this.
     """
@@ -76,6 +79,8 @@ def save(
     store.put(f"{key}/manifest.json", json.dumps(manifest, indent=1).encode())
     weights.unlink()
     for old in _committed(store, run_prefix)[KEEP:]:
+        if old == best:
+            continue
         _remove(store, key_of(run_prefix, old))
     return key
 

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from peft_service import artifact
 from peft_service.adapter import Check
 from peft_service.errors import GateFailed
 from peft_service.methods import Case
-from peft_service.spec import DataFile, FineTuneSpec
+from peft_service.spec import FineTuneSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,42 +38,20 @@ SECONDS = 1800
 
 
 def write_probe(
-    directory: Path,
-    probe: "dict[str, Tensor]",
-    training_file: Path,
-    data: DataFile,
-    tokenised: Any,
+    directory: Path, probe: "dict[str, Tensor]", rows: "Sequence[dict[str, Any]]", tokenised: Any
 ) -> None:
     """Lay down what the gate compares with: logits of the live model, and some rows with their token ids.
 
-    `tokenised` is the whole training file (`tokenise.Tokenised`); the first rows of it are taken.
+    `tokenised` (`tokenise.Tokenised`) has what was made of `rows` of the training data, which are in the keys
+    of their format.
     """
-    import numpy as np
     from safetensors.torch import save_file
-
-    from peft_service.tokenise import Tokenised
 
     directory.mkdir(parents=True, exist_ok=True)
     save_file(probe, directory / "probe.safetensors")
-    count = min(PROBE_ROWS, tokenised.rows)
-    wanted = {int(line) for line in tokenised.lines[:count]}
-    with training_file.open("rb") as source, (directory / "rows.jsonl").open("wb") as target:
-        for number, line in enumerate(source, 1):
-            if number in wanted:
-                target.write(line.rstrip(b"\r\n") + b"\n")
-            if number >= max(wanted):
-                break
-    end = int(tokenised.offsets[count])
-    Tokenised(
-        tokenised.input_ids[:end].copy(),
-        tokenised.target_mask[:end].copy(),
-        tokenised.offsets[: count + 1].copy(),
-        np.arange(1, count + 1, dtype=np.int64),
-        row_values=None if tokenised.row_values is None else tokenised.row_values[:count].copy(),
-        token_values=None if tokenised.token_values is None else tokenised.token_values[:end].copy(),
-        row_tasks=None if tokenised.row_tasks is None else tokenised.row_tasks[:count].copy(),
-        class_tasks=tokenised.class_tasks,
-    ).save(directory / "rows.safetensors")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (directory / "rows.jsonl").write_text(lines, encoding="utf-8")
+    tokenised.save(directory / "rows.safetensors")
 
 
 def ahead() -> "subprocess.Popen[str]":
@@ -116,8 +94,9 @@ def prove(
         "precision": precision,
         "quantize": spec.base.quantize,
         "format": spec.data.training.format,
+        "rows": spec.objective.rows,
+        "data": spec.data.model_dump(mode="json", include={"train_on", "eos", "turns", "tools", "too_long"}),
         "max_seq_len": spec.training.max_seq_len,
-        "too_long": spec.data.too_long,
         "stored": stored,
         "case": case.model_dump(mode="json"),
     }
@@ -137,8 +116,9 @@ def prove_operation(adapter: Path, base: Path, probe: Path, case: Case) -> tuple
         "precision": "fp32",
         "quantize": None,
         "format": None,
+        "rows": "text",
+        "data": {},
         "max_seq_len": 0,
-        "too_long": "error",
         "stored": None,
         "case": case.model_dump(mode="json"),
     }
@@ -190,8 +170,9 @@ def checks_of(
     precision: str,
     quantize: str | None,
     format: str | None,
+    rows: Any,
+    data: dict[str, Any],
     max_seq_len: int,
-    too_long: Any,
     stored: int | None,
     case: dict[str, Any],
 ) -> list[Check]:
@@ -219,7 +200,9 @@ def checks_of(
         checks.append(
             _check(
                 "template_round_trip",
-                lambda: template_round_trip(Path(adapter), Path(probe), format, max_seq_len, too_long, known),
+                lambda: template_round_trip(
+                    Path(adapter), Path(probe), format, rows, data, max_seq_len, known
+                ),
             )
         )
     return checks
@@ -394,23 +377,42 @@ def logits_equal(loaded: list[Any], probe: Path, tolerance: float) -> str:
 
 
 def template_round_trip(
-    adapter: Path, probe: Path, format: str, max_seq_len: int, too_long: Any, case: Case
+    adapter: Path, probe: Path, format: str, kind: Any, data: dict[str, Any], max_seq_len: int, case: Case
 ) -> str:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from peft_service.tokenise import Meaning, Tokenised, tokenise
+    from peft_service.tokenise import Meaning, Reading, Tokenised, tokenise
 
     tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
-    meaning = Meaning(case.task, case.labels, case.tasks)
-    found = tokenise(probe / "rows.jsonl", format, tokenizer, max_seq_len, too_long, meaning)
+    told = dict(data)
+    too_long = told.pop("too_long")
+    # Partners of unpaired rows are those of the whole data: here, every row is looked at by itself.
+    meaning = Meaning(case.task, case.labels, case.tasks, "text" if kind == "unpaired" else kind)
+    reading = Reading(**told | {"tools": tuple(told.get("tools", ()))})
+    found = tokenise(probe / "rows.jsonl", format, tokenizer, max_seq_len, too_long, meaning, reading)
     expected = Tokenised.load(probe / "rows.safetensors")
-    for name in ("offsets", "input_ids", "target_mask", "row_values", "token_values", "row_tasks"):
-        if not np.array_equal(getattr(found, name), getattr(expected, name)):
+    names = ("input_ids", "target_mask") if kind == "unpaired" else _COMPARED
+    step = expected.sequences if kind == "unpaired" else 1
+    for place in range(0, expected.rows * expected.sequences, step):
+        # A row can become several: as many are compared as were laid down.
+        ids, mask = expected.row(place)
+        other_ids, other_mask = found.row(place // step)
+        if not (np.array_equal(ids, other_ids) and np.array_equal(mask, other_mask)):
             raise _Failed(
-                f"the saved tokenizer and template give other {name} for {expected.rows} training rows"
+                f"the saved tokenizer and template give other tokens for {expected.rows} training rows"
             )
+    count = expected.rows
+    for name in names[2:]:
+        one, other = getattr(expected, name), getattr(found, name)
+        if (one is None) != (other is None) or (
+            one is not None and not np.array_equal(one[:count], other[: len(one[:count])])
+        ):
+            raise _Failed(f"the saved tokenizer gives other {name} for {expected.rows} training rows")
     return f"{expected.rows} training rows give the same {len(expected.input_ids)} tokens and targets"
+
+
+_COMPARED = ("input_ids", "target_mask", "row_values", "row_numbers", "row_tasks")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,21 @@ share nothing but the store, so they may be on different machines. `run_locally`
 process.
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from peft_service import adapter, artifact, base_model, checkpoint, gate, methods
+from peft_service import adapter, artifact, base_model, checkpoint, gate, methods, reference
 from peft_service.errors import GateFailed, InvalidRequest, PeftServiceError, RunFailed
 from peft_service.methods import Case, Material
 from peft_service.metrics import MetricsWriter
+from peft_service.objectives.sft import SFT
 from peft_service.spec import Base, DataFile, FineTuneSpec, Spec, Training, case_of
 from peft_service.store import Store
 from peft_service.variants import Frozen
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from peft_service import batches
     from peft_service.attached import Attached
     from peft_service.batches import Batch
-    from peft_service.tokenise import Tokenised
+    from peft_service.tokenise import Meaning, Reading, Tokenised
     from peft_service.train import Engine, Progress
 
 log = logging.getLogger(__name__)
@@ -83,6 +86,9 @@ class Prepared:
     steps: int
     target_tokens: int
     statistics: dict[str, Any] = field(default_factory=dict)
+    source_rows: tuple[int, ...] = ()
+    """Rows of each source of a mixture."""
+    forgetting_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ def prepare(run: RunInput, store: Store, workdir: Path) -> Prepared:
         UnknownBase, RunFailed: the base cannot be used, or is not the one that was registered.
     """
     from peft_service import batches
+    from peft_service.tokenise import Meaning
 
     spec = run.spec
     metrics = MetricsWriter(store, run.prefix)
@@ -110,20 +117,26 @@ def prepare(run: RunInput, store: Store, workdir: Path) -> Prepared:
     shape = base_model.shape_of_directory(directory, spec.base.uri)
     case = case_of(spec, shape)
     methods.admit(spec.method, shape, case)
-    tokenizer = base_model.load_tokenizer(directory)
-    key, data = _tokenised(
-        run, spec.data.training, tokenizer, store, workdir, "training_file", shape.vocab, case
-    )
-    validation_key = None
+    tokenizer = tokenizer_of(spec, directory)
+    _check_teacher(spec, tokenizer)
+    meaning = Meaning(case.task, case.labels, case.tasks, spec.objective.rows)
+    shared = _Tokenising(run, store, workdir, tokenizer, shape.vocab)
+    key, data, source_rows = shared.of(spec.data.sources, meaning, "training_file")
+    validation_key = forgetting_key = None
     if spec.data.validation is not None:
-        validation_key, _ = _tokenised(
-            run, spec.data.validation, tokenizer, store, workdir, "validation_file", shape.vocab, case
-        )
-    for kind in ("dropped", "truncated"):
+        validation_key, _, _ = shared.of((spec.data.validation,), meaning, "validation_file")
+    if spec.data.forgetting is not None:
+        plain = Meaning(case.task)
+        forgetting_key, _, _ = shared.of((spec.data.forgetting,), plain, "data.forgetting")
+    for kind, words in (
+        ("dropped", "were dropped"),
+        ("truncated", "were truncated"),
+        ("split", "were split into several rows"),
+    ):
         told = data.statistics.get(kind, {"count": 0})
         if told["count"]:
             metrics.message(
-                f"{told['count']} rows are longer than {spec.training.max_seq_len} tokens and were {kind} "
+                f"{told['count']} rows are longer than {spec.training.max_seq_len} tokens and {words} "
                 f"(lines {', '.join(map(str, told['lines'][:20]))})",
                 level="warn",
             )
@@ -135,6 +148,8 @@ def prepare(run: RunInput, store: Store, workdir: Path) -> Prepared:
         steps=batches.steps_of(data.rows, spec.training),
         target_tokens=data.target_tokens,
         statistics=data.statistics,
+        source_rows=source_rows,
+        forgetting_key=forgetting_key,
     )
 
 
@@ -178,7 +193,7 @@ def work(
         labels=case.labels,
         seed=spec.seed,
     )
-    tokenizer = base_model.load_tokenizer(directory)
+    tokenizer = tokenizer_of(spec, directory)
     data = _downloaded(store, prepared.data_key, workdir / f"data-{rank}", Tokenised)
     validation = None
     if prepared.validation_key:
@@ -188,7 +203,42 @@ def work(
     )
     model.config.pad_token_id = pad_id
     collate = collate_of(case, model)
+    if spec.training.packing:
+        collate["capacity"] = spec.training.max_seq_len
     material = _material(run, store, workdir, tokenizer, data, pad_id, collate, device, rank)
+    if spec.objective.needs_reference:
+        if metrics:
+            metrics.phase("reading the base's own answers")
+
+        def referred(rows: "Tokenised", key: str) -> "Tokenised":
+            return reference.of_base(
+                model, rows, store, f"{run.project}/runs/{run.job}/reference-{key.rpartition('/')[2]}",
+                rank=rank, world=world, microbatch=microbatch, pad_id=pad_id, device=device, collate=collate,
+            )  # fmt: skip
+
+        data = referred(data, prepared.data_key)
+        if validation is not None and prepared.validation_key is not None:
+            validation = referred(validation, prepared.validation_key)
+    prepare = _with_teacher(spec, precision, device)
+    probe = None
+    if prepared.forgetting_key:
+        probe = _downloaded(store, prepared.forgetting_key, workdir / f"forgetting-{rank}", Tokenised)
+
+    def remembered(engine: "Engine", attached: "Attached | None" = None) -> float:
+        """The loss on what the base can do already."""
+        assert probe is not None
+        found = evaluate(
+            engine, SFT(), probe, microbatch=microbatch, pad_id=pad_id, attached=attached,
+            collate=collate_of(case, model),
+        )  # fmt: skip
+        return found.loss
+
+    before: float | None = None
+    if probe is not None:
+        from peft_service.attached import Attached as Plain
+
+        still_base = StillEngine(Plain(model), spec.training)
+        before = material.decided("forgetting", lambda: remembered(still_base))
     attached = spec.method.attach(model, case, material)
     whole: Any = attached.model.to(device)
     if gradient_checkpointing:
@@ -233,22 +283,27 @@ def work(
             "step": progress.step,
             "trained_tokens": progress.trained_tokens,
             "metrics": dict(progress.metrics or {}),
+            "best": None if progress.best is None else [progress.best.step, progress.best.value],
+            "stale": progress.stale,
             "seed": spec.seed,
             "world": world,
         }
         # Before the commit: the next attempt starts after this step and will not say these lines again.
         metrics.flush()
-        key = checkpoint.save(store, run.prefix, state, told, staged, workdir)
+        best = progress.best.step if progress.best and spec.training.best_checkpoint else None
+        key = checkpoint.save(store, run.prefix, state, told, staged, workdir, best=best)
         metrics.write({"type": "checkpoint", "step": progress.step, "key": key, "metrics": told["metrics"]})
         metrics.flush()
 
+    draw = _draw(spec, data, prepared)
+    generating = _generating(spec, engine, attached, tokenizer, data, validation, microbatch, pad_id)
     fitted = fit(
         engine,
         spec.objective,
         spec.training,
         spec.seed,
         data,
-        validation,
+        validation if not spec.objective.generates else None,
         microbatch=microbatch,
         pad_id=pad_id,
         start=start,
@@ -257,7 +312,10 @@ def work(
         stop_requested=lambda: store.info(f"{run.prefix}/stop") is not None,
         attached=attached,
         collate=collate,
-        task_temperature=spec.data.task_temperature,
+        draw=draw,
+        prepare=prepare,
+        rollout=generating.rollout,
+        further=generating.measured,
     )
     done = fitted.progress
     result = WorkResult(
@@ -267,6 +325,20 @@ def work(
         metrics=dict(done.metrics or {}),
     )
     if fitted.finished:
+        best = done.best
+        if spec.training.best_checkpoint and best is not None and best.step != done.step:
+            _load_best(run, store, workdir, engine, attached, rank, best.step)
+            if metrics:
+                metrics.message(
+                    f"The best evaluation was that of step {best.step} ({spec.training.select_by} "
+                    f"{best.value:.6g}): its adapter is the result."
+                )
+        if probe is not None and before is not None:
+            after = remembered(engine, attached)
+            told_of = {"forgetting_loss_before": before, "forgetting_loss_after": after}
+            result = replace(result, metrics={**result.metrics, **told_of})
+            if metrics:
+                metrics.write({"type": "eval", "step": done.step, **told_of})
         if metrics:
             metrics.phase("exporting")
         _stage(run, store, workdir, engine, attached, case, tokenizer, data, pad_id, collate)
@@ -290,7 +362,7 @@ def conclude(
     """
     from safetensors.torch import load_file
 
-    from peft_service.tokenise import Tokenised
+    from peft_service.tokenise import Tokenised, rows_at
 
     if result.state == "stopped":
         return Outcome(state="stopped", **_facts(result))
@@ -304,15 +376,16 @@ def conclude(
         store.download(info.key, staged / name)
     logits = workdir / "logits.safetensors"
     store.download(f"{run.prefix}/probe.safetensors", logits)
-    training_file = workdir / "training.jsonl"
-    store.download(spec.data.training.key, training_file)
     data = _downloaded(store, prepared.data_key, workdir / "data-of-the-gate", Tokenised)
     base = Path(prepared.base_directory)
     shape = base_model.shape_of_directory(base, spec.base.uri)
     case = case_of(spec, shape, prepared.rows)
     probe = workdir / "probe"
     tensors = load_file(logits)
-    gate.write_probe(probe, tensors, training_file, spec.data.training, data)
+    taken = data.part(min(gate.PROBE_ROWS, data.rows, prepared.source_rows[0]))
+    first = spec.data.training
+    parts = _fetched(store, first, workdir)
+    gate.write_probe(probe, tensors, rows_at(parts, reading_of(spec, first), taken), taken)
     precision = json.loads(store.get(f"{run.prefix}/staged.json"))["precision"]
     checks = gate.prove(
         staged,
@@ -402,42 +475,174 @@ def is_registered(base: Base, directory: Path) -> None:
         )
 
 
-def _tokenised(
-    run: RunInput,
-    file: DataFile,
-    tokenizer: Any,
-    store: Store,
-    workdir: Path,
-    param: str,
-    vocab: int,
-    case: Case,
-) -> "tuple[str, Tokenised]":
-    """(key, rows) of a data file as tokens, made once a job."""
-    from peft_service.tokenise import Meaning, Tokenised, digest_of, tokenise
+def tokenizer_of(spec: FineTuneSpec, directory: Path) -> Any:
+    """The base's tokenizer, with the template that the spec puts into it."""
+    tokenizer = base_model.load_tokenizer(directory)
+    if spec.data.template is not None:
+        tokenizer.chat_template = spec.data.template.jinja
+    return tokenizer
 
-    training, too_long = run.spec.training, run.spec.data.too_long
-    meaning = Meaning(case.task, case.labels, case.tasks)
-    digest = digest_of(file.sha256, tokenizer, file.format, training.max_seq_len, too_long, meaning)
-    key = f"{run.project}/runs/{run.job}/data-{digest}.safetensors"
-    local = workdir / f"{param}.safetensors"
-    if store.info(key) is not None:
-        store.download(key, local)
-        return key, Tokenised.load(local)
-    raw = workdir / f"{param}.jsonl"
-    store.download(file.key, raw)
-    data = tokenise(raw, file.format, tokenizer, training.max_seq_len, too_long, meaning, param=param)
-    raw.unlink()
-    if data.statistics["max_token_id"] >= vocab:
-        raise RunFailed(
-            f"the tokenizer gives token {data.statistics['max_token_id']}, but the base has only {vocab} "
-            f"embeddings;"
-            " tokenizer and weights do not belong together",
-            code="tokenizer_mismatch",
-            param="model",
+
+def reading_of(spec: FineTuneSpec, file: DataFile) -> "Reading":
+    from peft_service.tokenise import Reading
+
+    data = spec.data
+    return Reading(
+        columns=file.columns,
+        documents=file.documents,
+        limit=file.limit,
+        train_on=data.train_on,
+        eos=data.eos,
+        turns=data.turns,
+        tools=data.tools,
+    )
+
+
+def _fetched(store: Store, file: DataFile, workdir: Path) -> "list[tuple[str, Path]]":
+    """The files of a data set on this machine, with their names."""
+    parts = []
+    for number, part in enumerate(file.objects):
+        local = workdir / f"{file.id}-{number}"
+        if not local.exists():
+            store.download(part.key, local)
+        parts.append((part.name, local))
+    return parts
+
+
+@dataclass(frozen=True)
+class _Tokenising:
+    """Data sets as tokens, each made once a project: what another attempt or job has made is used again."""
+
+    run: RunInput
+    store: Store
+    workdir: Path
+    tokenizer: Any
+    vocab: int
+
+    def of(
+        self, files: "Sequence[DataFile]", meaning: "Meaning", param: str
+    ) -> "tuple[str, Tokenised, tuple[int, ...]]":
+        """(key in the store, rows of all files, rows of each)."""
+        from peft_service.tokenise import concatenated
+
+        made = [self._one(file, meaning, param) for file in files]
+        rows = tuple(data.rows for _, data in made)
+        if len(made) == 1:
+            return made[0][0], made[0][1], rows
+        digest = hashlib.sha256("".join(key for key, _ in made).encode()).hexdigest()
+        key = f"{self.run.project}/runs/{self.run.job}/data-{digest}.safetensors"
+        local = self.workdir / f"{param}-together.safetensors"
+        if self.store.info(key) is None:
+            data = concatenated([data for _, data in made], [file.name or file.id for file in files])
+            data.save(local)
+            self.store.put_file(key, local)
+        else:
+            self.store.download(key, local)
+        return key, Tokenised.load(local), rows
+
+    def _one(self, file: DataFile, meaning: "Meaning", param: str) -> "tuple[str, Tokenised]":
+        from peft_service.tokenise import Tokenised, digest_of, tokenise
+
+        spec = self.run.spec
+        training, too_long, reading = spec.training, spec.data.too_long, reading_of(spec, file)
+        digest = digest_of(
+            file.sha256, self.tokenizer, file.format, training.max_seq_len, too_long, meaning, reading
         )
-    data.save(local)
-    store.put_file(key, local)
-    return key, data
+        key = tokenised_key(self.run.project, file.sha256, digest)
+        local = self.workdir / f"{param}-{digest[:16]}.safetensors"
+        if self.store.info(key) is not None:
+            self.store.download(key, local)
+            return key, Tokenised.load(local)
+        parts = _fetched(self.store, file, self.workdir)
+        data = tokenise(
+            parts, file.format, self.tokenizer, training.max_seq_len, too_long, meaning, reading, param=param
+        )
+        if data.statistics["max_token_id"] >= self.vocab:
+            raise RunFailed(
+                f"the tokenizer gives token {data.statistics['max_token_id']}, but the base has only "
+                f"{self.vocab} embeddings; tokenizer and weights do not belong together",
+                code="tokenizer_mismatch",
+                param="model",
+            )
+        data.save(local)
+        self.store.put_file(key, local)
+        return key, Tokenised.load(local)
+
+
+def tokenised_key(project: str, sha256: str, digest: str = "") -> str:
+    """Where a data set's tokens are kept; without a digest, the prefix of all that was made of that data."""
+    return f"{project}/tokenised/{sha256}/" + (f"{digest}.safetensors" if digest else "")
+
+
+def _check_teacher(spec: FineTuneSpec, tokenizer: Any) -> None:
+    """
+    Raises:
+        InvalidRequest: the teacher writes in other tokens than the base.
+    """
+    if spec.teacher is None:
+        return
+    theirs = base_model.load_tokenizer(base_model.fetch(spec.teacher, CACHE.expanduser()))
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise InvalidRequest(
+            f"the teacher {spec.teacher.id} has another vocabulary than {spec.base.id}: a distribution over "
+            "its tokens means nothing to the base. Take a teacher of the same family",
+            code="teacher_not_applicable",
+            param="method",
+        )
+
+
+def _with_teacher(
+    spec: FineTuneSpec, precision: str, device: Any
+) -> "Callable[[Sequence[Batch]], None] | None":
+    """What gives every microbatch the teacher; None where there is none."""
+    if spec.teacher is None:
+        return None
+    directory = base_model.fetch(spec.teacher, CACHE.expanduser())
+    teacher: Any = base_model.load(
+        directory, precision=precision, quantize=spec.teacher.quantize, device=device
+    )
+    teacher.eval().requires_grad_(False)
+
+    def prepare(parts: "Sequence[Batch]") -> None:
+        for batch in parts:
+            batch.teacher = teacher
+
+    return prepare
+
+
+@dataclass(frozen=True)
+class _Generating:
+    """What a job does with answers that the model writes; None: nothing."""
+
+    rollout: "Callable[[Sequence[int], int], tuple[list[Batch], dict[str, float]]] | None" = None
+    measured: "Callable[[], dict[str, float]] | None" = None
+
+
+def _generating(
+    spec: FineTuneSpec,
+    engine: "Engine",
+    attached: "Attached",
+    tokenizer: Any,
+    data: "Tokenised",
+    validation: "Tokenised | None",
+    microbatch: int,
+    pad_id: int,
+) -> _Generating:
+    return _Generating()
+
+
+def _draw(spec: FineTuneSpec, data: "Tokenised", prepared: Prepared) -> "batches.Draw | None":
+    """How rows are drawn where not each is taken once an epoch."""
+    import numpy as np
+
+    from peft_service import batches
+
+    if spec.data.mixture and all(source.weight is not None for source in spec.data.sources):
+        groups = np.repeat(np.arange(len(prepared.source_rows), dtype=np.int32), prepared.source_rows)
+        return batches.Draw(groups, tuple(float(source.weight or 0) for source in spec.data.sources))
+    if spec.data.task_temperature is not None and data.row_tasks is not None:
+        return batches.by_task(np.array(data.row_tasks), spec.data.task_temperature)
+    return None
 
 
 def _downloaded(store: Store, key: str, path: Path, kind: "type[Tokenised]") -> "Tokenised":
@@ -482,15 +687,17 @@ def _material(
 
     def sample(count: int) -> "list[Batch]":
         rows = batches.order(data.rows, 0, spec.seed)[:count].tolist()
-        return batches.microbatches(data, rows, 0, 1, 1, pad_id, device, **collate)
+        plain = {name: value for name, value in collate.items() if name != "capacity"}
+        return batches.microbatches(data, rows, 0, 1, 1, pad_id, device, **plain)
 
     def decided(name: str, compute: "Callable[[], Any]") -> Any:
         key = f"{run.project}/runs/{run.job}/decided-{name}.json"
-        if store.info(key) is None:
+        # Rank 0 alone looks: another rank could look after it has written, and would not wait with it.
+        if reference.told_by_rank_0(rank == 0 and store.info(key) is None):
             value = json.dumps(compute()).encode()
             if rank == 0:
                 store.put(key, value)
-            _wait_for_rank_0()
+            reference.told_by_rank_0(True)
         return json.loads(store.get(key))
 
     return Material(
@@ -502,13 +709,6 @@ def _material(
     )
 
 
-def _wait_for_rank_0() -> None:
-    import torch.distributed
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
 def _resume(
     run: RunInput, store: Store, workdir: Path, engine: "Engine", attached: "Attached", rank: int
 ) -> "Progress":
@@ -516,7 +716,7 @@ def _resume(
     meanwhile."""
     import torch
 
-    from peft_service.train import Progress
+    from peft_service.train import Best, Progress
 
     chosen = torch.zeros(2, dtype=torch.int64, device=engine.device)
     found = checkpoint.latest(store, run.project, run.job, attempts=run.attempt) if rank == 0 else None
@@ -531,13 +731,47 @@ def _resume(
         raise RuntimeError(
             f"checkpoint {step} of attempt {attempt} was there for rank 0 and is not for rank {rank}"
         )
-    folder = workdir / f"resume-{rank}"
+    _load(store, found, workdir / f"resume-{rank}", engine, attached)
+    told, best = found.progress, found.progress.get("best")
+    return Progress(
+        step,
+        int(told["trained_tokens"]),
+        dict(told["metrics"]),
+        best=None if best is None else Best(int(best[0]), float(best[1])),
+        stale=int(told.get("stale", 0)),
+    )
+
+
+def _load(
+    store: Store, found: checkpoint.Checkpoint, folder: Path, engine: "Engine", attached: "Attached"
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = checkpoint.load(store, found, folder)
     mine = {name: state.pop(name) for name in list(state) if name.startswith(METHOD_STATE)}
     attached.load_state({name.removeprefix(METHOD_STATE): tensor for name, tensor in mine.items()})
     engine.load_state(state)
-    return Progress(step, int(found.progress["trained_tokens"]), dict(found.progress["metrics"]))
+
+
+def _load_best(
+    run: RunInput,
+    store: Store,
+    workdir: Path,
+    engine: "Engine",
+    attached: "Attached",
+    rank: int,
+    step: int,
+) -> None:
+    """Put the parameters of an earlier step into the engine. Collective.
+
+    Raises:
+        RunFailed: that checkpoint is gone.
+    """
+    for attempt in range(run.attempt, 0, -1):
+        found = checkpoint.open_at(store, run.project, run.job, attempt, step)
+        if found is not None:
+            _load(store, found, workdir / f"best-{rank}", engine, attached)
+            return
+    raise RunFailed(f"the checkpoint of step {step}, the best one, is not in the store any more")
 
 
 def _stage(
@@ -559,7 +793,8 @@ def _stage(
     from peft_service import batches
 
     rows = list(range(min(gate.PROBE_ROWS, data.rows)))
-    (batch,) = batches.microbatches(data, rows, 0, 1, gate.PROBE_ROWS, pad_id, engine.device, **collate)
+    plain = {name: value for name, value in collate.items() if name != "capacity"}
+    (batch,) = batches.microbatches(data, rows, 0, 1, gate.PROBE_ROWS, pad_id, engine.device, **plain)
     batch.extra = attached.inputs(batch)
     inputs = gate.shortened(batch.inputs)
     engine.model.eval()

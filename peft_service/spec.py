@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from peft_service.columns import Columns
+from peft_service.graders import AnyGrader
 from peft_service.methods import AnyMethod, Case
 from peft_service.objectives import AnyObjective
 from peft_service.objectives.sft import SFT
@@ -38,12 +40,23 @@ class Base(Frozen):
     """Hold the frozen weights in 4 bits (NF4, double quantisation). This makes LoRA a QLoRA."""
 
 
+class DataPart(Frozen):
+    """One object of a data set."""
+
+    name: str
+    """Its file name, which tells containers apart that look alike."""
+    key: str
+    """Key in the store."""
+    sha256: str
+    bytes: int = Field(0, ge=0)
+
+
 class DataFile(Frozen):
-    """One uploaded file of the store, already validated."""
+    """One data set of the store, already validated: an uploaded file, or several that were brought in."""
 
     id: str
     key: str
-    """Key in the store."""
+    """Key in the store; of several files, their common prefix."""
     sha256: str
     rows: int = Field(ge=1)
     format: str
@@ -52,6 +65,31 @@ class DataFile(Frozen):
     """Of classification rows or tags, sorted; the label at position i has the number i."""
     tasks: tuple[str, ...] = ()
     """Names of the tasks in a multi-task file, sorted."""
+    name: str = ""
+    parts: tuple[DataPart, ...] = ()
+    """Of several files, in their order."""
+    columns: Columns | None = None
+    """How its columns become the keys of the format."""
+    documents: Literal["line", "paragraph", "file"] = "line"
+    """What is one document in a plain text file."""
+    limit: int | None = Field(None, ge=1)
+    """Only so many good rows from the beginning; `rows` is then at most this."""
+    weight: float | None = Field(None, gt=0, le=1e6)
+    """Its share of an epoch, in any unit; None: every row once."""
+
+    @property
+    def objects(self) -> tuple[DataPart, ...]:
+        """Its files in the store."""
+        return self.parts or (DataPart(name=self.name, key=self.key, sha256=self.sha256),)
+
+
+class Template(Frozen):
+    """A chat template that replaces the tokenizer's own."""
+
+    name: str | None = None
+    """Of `peft_service/templates/`; None: given inline."""
+    jinja: str = Field(max_length=65_536)
+    sha256: str
 
 
 class Source(Frozen):
@@ -68,12 +106,46 @@ class Source(Frozen):
 
 class Data(Frozen):
     training: DataFile
+    mixture: tuple[DataFile, ...] = ()
+    """Further data sets that are trained on together with `training`."""
     validation: DataFile | None = None
-    too_long: Literal["error", "drop", "right", "left"] = "error"
-    """What happens to a row longer than `training.max_seq_len`. Never silent: counted and listed."""
+    too_long: Literal["error", "drop", "right", "left", "split"] = "error"
+    """What happens to a row longer than `training.max_seq_len`. Never silent: counted and listed. `split` is
+    for documents: nothing of them is lost."""
     task_temperature: float | None = Field(None, gt=0, le=100)
     """Of a multi-task file, draw rows so that a task of n rows has a share of n^(1/T): 1 is by size, large is
     equal. None: every row once an epoch."""
+    template: Template | None = None
+    """None: the tokenizer's own."""
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """What is learned: every assistant message (or the completion), only a row's last one, or all tokens."""
+    eos: Literal["turn", "last", "all"] = "turn"
+    """Which end tokens are learned: after every trained turn, only a row's last one, or all in the row."""
+    turns: Literal["together", "apart"] = "together"
+    """`apart` makes a row of each trained turn: for templates that write earlier turns otherwise once more
+    follow, as those that remove earlier thinking."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools for rows of messages that bring none of their own."""
+    forgetting: DataFile | None = None
+    """Rows of what the base can do already: their loss is measured before and after training."""
+
+    @property
+    def sources(self) -> tuple[DataFile, ...]:
+        """All that is trained on."""
+        return (self.training, *self.mixture)
+
+    @property
+    def rows(self) -> int:
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of all sources, sorted."""
+        return tuple(sorted({label for source in self.sources for label in source.labels}))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(sorted({task for source in self.sources for task in source.tasks}))
 
 
 class Training(Frozen):
@@ -102,9 +174,21 @@ class Training(Frozen):
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     microbatch: int | Literal["auto"] = Field("auto")
     """Rows per worker per forward pass; the result does not depend on it."""
+    packing: bool = False
+    """Put rows behind one another instead of padding them, where base, method and objective allow it. It
+    changes how a step is computed and not what: no token sees another row, and the curve is the same."""
     checkpoint_steps: int = Field(50, ge=1)
     eval_steps: int | None = Field(None, ge=1)
     """Evaluate on the validation file every so many steps; None: at the end of every epoch."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """End when so many evaluations in a row were not better than the best one. Needs a validation file."""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """By how much an evaluation must be better to count as better."""
+    best_checkpoint: bool = False
+    """Publish the adapter of the best evaluation instead of the last step's. Needs a validation file."""
+    select_by: Literal["loss", "accuracy", "score"] = "loss"
+    """What makes an evaluation better: a lower validation loss, more right targets, or a higher mean score of
+    the graders in `evaluation`."""
 
     @field_validator("microbatch")
     @classmethod
@@ -112,6 +196,17 @@ class Training(Frozen):
         if isinstance(value, int) and value < 1:
             raise ValueError('microbatch must be at least 1, or "auto"')
         return value
+
+
+class Generation(Frozen):
+    """Answers that the model writes to held-out prompts while it trains, and what graders say of them."""
+
+    grader: AnyGrader
+    rows: int = Field(32, ge=1, le=10_000)
+    """The first so many rows of the validation file are asked."""
+    max_new_tokens: int = Field(128, ge=1, le=8192)
+    temperature: float = Field(0.0, ge=0, le=2)
+    """0: the likeliest token each time."""
 
 
 class Resources(Frozen):
@@ -160,6 +255,9 @@ class FineTuneSpec(Spec):
     objective: AnyObjective = SFT()
     data: Data
     training: Training
+    evaluation: Generation | None = None
+    teacher: Base | None = None
+    """The model whose distribution is learned, where the objective needs one."""
     seed: int = Field(0, ge=0, le=2**31 - 1)
 
 
@@ -172,13 +270,12 @@ def case_of(spec: FineTuneSpec, shape: "ModelShape", rows: int | None = None) ->
     """What the method is attached for; `rows` are those that are left of the training file."""
     from peft_service.batches import steps_of
 
-    training = spec.data.training
     return Case(
         task=spec.objective.task(shape.architecture),
-        labels=training.labels,
-        tasks=training.tasks,
+        labels=spec.objective.labels(spec.data.labels),
+        tasks=spec.data.tasks,
         quantize=spec.base.quantize,
-        steps=steps_of(training.rows if rows is None else rows, spec.training),
+        steps=steps_of(spec.data.rows if rows is None else rows, spec.training),
         seed=spec.seed,
         weight_decay=spec.training.weight_decay,
         gradient_checkpointing=spec.training.gradient_checkpointing is True,

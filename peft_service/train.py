@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from peft_service.tokenise import Tokenised
 
 STOP_POLL_SECONDS = 1.0
+EVALUATED_ROWS = 256
+"""Rows whose tensors exist at one time in an evaluation. Not a multiple of the ranks: an objective that looks
+at all rows of a step would see others on another number of them."""
 
 
 class Engine(Protocol):
@@ -85,12 +88,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best evaluation so far."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a fit is: enough to go on from, together with the engine's state."""
 
     step: int = 0
     trained_tokens: int = 0
     metrics: Mapping[str, float] | None = None
+    best: Best | None = None
+    stale: int = 0
+    """Evaluations since the best one."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +265,8 @@ def train_step(
     method.before_step(step)
     for batch in microbatches:
         batch.extra = method.inputs(batch)
+    _share(engine, objective, microbatches)
+    for batch in microbatches:
         nll, right = objective.loss_sum(engine.model, batch)
         loss_of_batch = nll / targets
         if (penalty := method.penalty()) is not None:
@@ -276,6 +292,15 @@ def train_step(
     return Step(loss, right_sum / targets, norm, tokens, targets)
 
 
+def _share(engine: Engine, objective: Objective, microbatches: Sequence[Batch]) -> None:
+    """Give every batch what its loss needs to know of all the others. Collective."""
+    shared = objective.shared(engine.model, microbatches)
+    if shared is not None:
+        shared = engine.all_sum(shared)
+        for batch in microbatches:
+            batch.shared = shared
+
+
 def evaluate(
     engine: Engine,
     objective: Objective,
@@ -285,22 +310,27 @@ def evaluate(
     pad_id: int,
     attached: Attached | None = None,
     collate: Mapping[str, Any] | None = None,
+    prepare: Callable[[Sequence[Batch]], None] | None = None,
 ) -> Evaluation:
     """Mean loss per target and share of right ones over all rows of `data`. Collective.
 
     `collate` has the further arguments of `batches.microbatches`.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    window = engine.world * microbatch * 8  # rows whose tensors exist at one time
     was_training = engine.model.training
     engine.model.eval()
     with torch.no_grad():
-        for start in range(0, data.rows, window):
-            rows = list(range(start, min(start + window, data.rows)))
-            for batch in batches.microbatches(
+        for start in range(0, data.rows, EVALUATED_ROWS):
+            rows = list(range(start, min(start + EVALUATED_ROWS, data.rows)))
+            parts = batches.microbatches(
                 data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device, **(collate or {})
-            ):
+            )
+            if prepare is not None:
+                prepare(parts)
+            for batch in parts:
                 batch.extra = attached.inputs(batch) if attached else {}
+            _share(engine, objective, parts)
+            for batch in parts:
                 nll, right = objective.loss_sum(engine.model, batch)
                 count = objective.targets(batch)
                 sums += torch.stack([nll.double(), right.double(), count.double()])
@@ -326,12 +356,19 @@ def fit(
     stop_requested: Callable[[], bool],
     attached: Attached | None = None,
     collate: Mapping[str, Any] | None = None,
-    task_temperature: float | None = None,
+    draw: "batches.Draw | None" = None,
+    prepare: Callable[[Sequence[Batch]], None] | None = None,
+    rollout: Callable[[Sequence[int], int], tuple[list[Batch], dict[str, float]]] | None = None,
+    further: Callable[[], dict[str, float]] | None = None,
 ) -> Fitted:
-    """Train from `start` to the last step, or until someone asks to stop. Collective.
+    """Train from `start` to the last step, or until someone asks to stop, or it no longer gets better.
+    Collective.
 
     `log` gets metrics lines and `stop_requested` is asked, on rank 0 only; `save` is called on every rank,
-    after every `checkpoint_steps` steps, after the last one, and before returning because of a stop.
+    after every `checkpoint_steps` steps, after an evaluation that is the best so far where that matters,
+    after the last one, and before returning because of a stop. `prepare` is given every microbatch before it
+    is used. `rollout` makes the microbatches of a step of an objective that generates: (rows, step from 0) ->
+    (microbatches of this rank, metrics). `further` measures more at every evaluation.
 
     Raises:
         Diverged: names the step and the source lines of the rows; the last checkpoint is good.
@@ -343,27 +380,39 @@ def fit(
     metrics: dict[str, float] = dict(start.metrics or {})
     asked = 0.0
     engine.model.train()
-    while progress.step < steps:
+    while progress.step < steps and not _given_up(progress, training):
         began = time.monotonic()
         number = progress.step + 1
-        rows = batches.rows_of_step(
-            progress.step, data.rows, training, seed, row_tasks=data.row_tasks, temperature=task_temperature
-        )
+        rows = batches.rows_of_step(progress.step, data.rows, training, seed, draw=draw)
         rate = learning_rate(*method.phase(progress.step, steps), training)
         # A seed per step and rank instead of a running generator: dropout after a resume is what it would
         # have been, with nothing to save.
         torch.manual_seed((seed * 1_000_003 + progress.step) * 65_537 + engine.rank)
-        parts = batches.microbatches(
-            data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device, **(collate or {})
-        )
+        told: dict[str, float] = {}
+        if rollout is not None:
+            parts, told = rollout(rows, progress.step)
+        else:
+            parts = batches.microbatches(
+                data, rows, engine.rank, engine.world, microbatch, pad_id, engine.device, **(collate or {})
+            )
+        if prepare is not None:
+            prepare(parts)
         try:
             done = train_step(engine, objective, parts, rate, attached, progress.step)
         except (Diverged, InvalidTrainingFile) as error:
-            raise _explained(error, number, rows, data, engine.world, microbatch) from error
+            capacity = (collate or {}).get("capacity")
+            suspects = None if rollout is not None else (engine.world, microbatch, capacity)
+            raise _explained(error, number, rows, data, suspects) from error
         seconds = time.monotonic() - began
         metrics["train_loss"] = done.loss
         metrics["train_mean_token_accuracy"] = done.accuracy
-        progress = Progress(number, progress.trained_tokens + done.tokens, dict(metrics))
+        metrics.update(told)
+        progress = replace(
+            progress,
+            step=number,
+            trained_tokens=progress.trained_tokens + done.tokens,
+            metrics=dict(metrics),
+        )
         if engine.rank == 0:
             log(
                 {
@@ -378,9 +427,11 @@ def fit(
                     "target_tokens": done.target_tokens,
                     "seconds": seconds,
                     "tokens_per_second": done.tokens / max(seconds, 1e-9),
+                    **told,
                 }
             )
         last = number == steps
+        improved = False
         every = training.eval_steps or per_epoch
         if validation is not None and (last or number % every == 0):
             found = evaluate(
@@ -391,22 +442,26 @@ def fit(
                 pad_id=pad_id,
                 attached=attached,
                 collate=collate,
+                prepare=prepare,
             )
             evaluation = {
                 "valid_loss": found.loss,
                 "valid_mean_token_accuracy": found.accuracy,
                 "full_valid_loss": found.loss,
+                **(further() if further is not None else {}),
             }
             metrics.update(evaluation)
-            progress = Progress(number, progress.trained_tokens, dict(metrics))
+            progress, improved = _judged(replace(progress, metrics=dict(metrics)), training)
             if engine.rank == 0:
                 log({"type": "eval", "step": number, **evaluation})
+        last = last or _given_up(progress, training)
         stop = False
         if engine.rank == 0 and time.monotonic() - asked >= STOP_POLL_SECONDS:
             asked = time.monotonic()
             stop = stop_requested()
         stop = bool(engine.all_sum(torch.tensor([float(stop)], device=engine.device)).item())
-        if (last or stop or number % training.checkpoint_steps == 0) and saved != number:
+        due = last or stop or number % training.checkpoint_steps == 0
+        if (due or (improved and training.best_checkpoint)) and saved != number:
             save(progress)
             saved = number
         if stop and not last:
@@ -414,25 +469,52 @@ def fit(
     return Fitted(True, progress)
 
 
+def _given_up(progress: Progress, training: Training) -> bool:
+    patience = training.early_stopping_patience
+    return patience is not None and progress.stale >= patience
+
+
+_SELECTED = {"loss": "valid_loss", "accuracy": "valid_mean_token_accuracy", "score": "valid_score"}
+
+
+def _judged(progress: Progress, training: Training) -> tuple[Progress, bool]:
+    """The progress after an evaluation, and whether that was the best so far."""
+    value = float((progress.metrics or {})[_SELECTED[training.select_by]])
+    sign = 1 if training.select_by == "loss" else -1
+    best = progress.best
+    better = best is None or sign * value < sign * best.value - training.early_stopping_threshold
+    if better:
+        return replace(progress, best=Best(progress.step, value), stale=0), True
+    return replace(progress, stale=progress.stale + 1), False
+
+
 def _explained(
     error: Diverged | InvalidTrainingFile,
     step: int,
     rows: Sequence[int],
     data: "Tokenised",
-    world: int,
-    microbatch: int,
+    laid_out: tuple[int, int, int | None] | None,
 ) -> Diverged | InvalidTrainingFile:
-    """The same error, saying which lines of the training file were in the step."""
+    """The same error, saying which lines of the training data were in the step.
+
+    `laid_out`: ranks, lines of a microbatch and tokens of a packed line, by which the rows of a microbatch
+    can be told.
+    """
     suspects = list(rows)
-    for_microbatches = error.details.get("microbatches")
-    if for_microbatches:
-        suspects = [
-            row
-            for part, rank in for_microbatches
-            for row in list(rows)[rank::world][part * microbatch : (part + 1) * microbatch]
-        ]
+    at_fault = error.details.get("microbatches")
+    if at_fault and laid_out is not None:
+        world, microbatch, capacity = laid_out
+        lengths = data.lengths(rows).sum(axis=1).tolist()
+        room = None if capacity is None else capacity * data.sequences
+        parts = {
+            rank: batches.layout(lengths, rank, world, microbatch, room)
+            for rank in {rank for _, rank in at_fault}
+        }
+        suspects = [rows[row] for part, rank in at_fault for line in parts[rank][part] for row in line]
     lines = sorted({int(data.lines[row]) for row in suspects})
     shown = ", ".join(map(str, lines[:20])) + (f" and {len(lines) - 20} more" if len(lines) > 20 else "")
+    if data.row_files is not None:
+        shown = "; ".join(data.place(row) for row in sorted(suspects)[:20])
     advice = (
         "The weights were not updated. Look at those lines, or try a lower learning rate."
         if isinstance(error, Diverged)
@@ -440,8 +522,7 @@ def _explained(
     )
     return type(error)(
         f"step {step}: {error.message}, in rows from line{'s' if len(lines) > 1 else ''} {shown} of the "
-        f"training "
-        f"file. {advice}",
+        f"training file. {advice}",
         code=error.code,
         details={"step": step, "lines": lines[:100]},
     )

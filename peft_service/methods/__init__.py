@@ -39,6 +39,9 @@ class Capabilities(Frozen):
     """Trains beside a base held in 4 bits."""
     zero_stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
     gradient_checkpointing: bool = True
+    packing: bool = True
+    """Several rows can stand in one line of a batch: nothing of the method looks from one token at another.
+    Virtual tokens are counted by `positions` and are none either."""
     weight_decay: bool = True
     """False: decay would move values that the method promises to leave alone."""
     starts_as_base: bool = True

@@ -55,6 +55,7 @@ class Attempt(Method):
     as_sources: ClassVar[tuple[str, ...]] = ("virtual_tokens",)
     small: ClassVar[dict[str, Any]] = {"virtual_tokens": 5, "size": 8, "sources": ("one@1", "two@1")}
     can: ClassVar[Capabilities] = Capabilities(
+        packing=False,
         starts_as_base=False,
         mergeable=False,
         carrier="registered",

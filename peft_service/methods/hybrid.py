@@ -125,7 +125,7 @@ def together(parts: "tuple[Method, ...]") -> Capabilities:
     for name in ("architectures", "tasks", "zero_stages"):
         values = getattr(Capabilities(), name)
         fields[name] = tuple(value for value in values if all(value in getattr(p.can, name) for p in parts))
-    for name in ("nf4", "gradient_checkpointing", "weight_decay", "starts_as_base"):
+    for name in ("nf4", "gradient_checkpointing", "packing", "weight_decay", "starts_as_base"):
         fields[name] = all(getattr(p.can, name) for p in parts)
     for name in fields:
         limited = next((p for p in parts if name in p.can.why), None)

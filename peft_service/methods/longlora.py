@@ -62,6 +62,7 @@ class LongLoRA(Method):
     small: ClassVar[dict[str, Any]] = {"rank": 4, "alpha": 8}
     extends_context: ClassVar[bool] = True
     can: ClassVar[Capabilities] = Capabilities(
+        packing=False,
         architectures=("decoder",),
         nf4=False,
         starts_as_base=False,

@@ -31,6 +31,7 @@ class PromptEnsemble(Method):
     limits: ClassVar[str] = "Compute and activations are N times those of one prompt."
     small: ClassVar[dict[str, Any]] = {"prompts": 3, "virtual_tokens": 4}
     can: ClassVar[Capabilities] = Capabilities(
+        packing=False,
         tasks=("causal_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
         starts_as_base=False,
         mergeable=False,

@@ -49,6 +49,7 @@ class TinyAttention(Method):
     aliases: ClassVar[dict[str, dict[str, Any]]] = {"tiny_attention_adapter": {}}
     small: ClassVar[dict[str, Any]] = {"size": 16, "heads": 2, "experts": 2}
     can: ClassVar[Capabilities] = Capabilities(
+        packing=False,
         carrier="registered",
         mergeable=False,
         servers=("peft",),

@@ -44,7 +44,8 @@ def test_a_batch_of_mixed_tasks_is_its_tasks_one_by_one(root, base, task):
         return float(sum(nll for nll, _ in sums)), int(sum(right for _, right in sums)), found
 
     one, two = [0, 2, 4, 6], [1, 3, 5, 7]
-    assert made.batch([*one, *two]).task_B.tolist() == [0] * 4 + [1] * 4
+    batch = made.batch([*one, *two])
+    assert batch.task_B.tolist() == [row % 2 for row in batch.rows]
     mixed, alone = gradients(range(8)), gradients(one, two)
     assert mixed[0] == pytest.approx(alone[0], rel=1e-5)
     assert mixed[1] == alone[1]
@@ -92,10 +93,8 @@ TRAINING = Training(learning_rate=1e-3, batch_size=16, n_epochs=20)
 
 def drawn(temperature, seed=0):
     steps = batches.steps_of(1000, TRAINING)
-    return [
-        batches.rows_of_step(s, 1000, TRAINING, seed, row_tasks=ROW_TASKS, temperature=temperature)
-        for s in range(steps)
-    ]
+    draw = batches.by_task(ROW_TASKS, temperature)
+    return [batches.rows_of_step(s, 1000, TRAINING, seed, draw=draw) for s in range(steps)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0, 100.0])
@@ -124,7 +123,7 @@ def test_a_step_is_a_function_of_its_number_so_that_a_resume_is_exact():
     for start in (1, 62, 63, 700):
         batches._drawn.cache_clear()
         batches.order.cache_clear()
-        again = batches.rows_of_step(start, 1000, TRAINING, 0, row_tasks=ROW_TASKS, temperature=2.0)
+        again = batches.rows_of_step(start, 1000, TRAINING, 0, draw=batches.by_task(ROW_TASKS, 2.0))
         assert again == whole[start]
     assert drawn(2.0, seed=1) != whole
     assert whole[:63] != whole[63:126]
@@ -148,7 +147,7 @@ def test_a_run_hands_rows_on_as_they_were_drawn(root):
                 made.engine, made.objective, made.training, 0, made.data, None, microbatch=4, pad_id=2,
                 start=progress, log=lambda line: None, save=save,
                 stop_requested=lambda stop=stop: stop[0] is not None, attached=made.attached,
-                collate=made.collate, task_temperature=3.0,
+                collate=made.collate, draw=batches.by_task(np.array(made.data.row_tasks), 3.0),
             )  # fmt: skip
             progress = fitted.progress
             if pause is not None:

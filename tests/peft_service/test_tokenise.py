@@ -151,7 +151,7 @@ def test_both_ways_to_find_the_targets_give_the_same_and_blanks_follow_the_templ
     np.testing.assert_array_equal(made["plain"].target_mask, made["marked"].target_mask)
     assert made["plain said"] == made["marked said"] == ["hello<|im_end|>", "bye<|im_end|>"]
     assert made["fed said"] == ["hello<|im_end|>\n", "bye<|im_end|>\n"]
-    assert made["plain"].statistics["targets_found_by"] == "prefixes"
+    assert made["plain"].statistics["targets_found_by"] == "prefixes and placeholders"
     assert made["marked"].statistics["targets_found_by"] == "prefixes and {% generation %}"
 
 
@@ -430,6 +430,7 @@ def test_a_file_that_nobody_validated_gives_the_same_report(tmp_path):
     assert [(error["line"], error["code"]) for error in caught.value.details["errors"]] == [
         (1, "empty_messages"),
         (2, "not_json"),
+        (3, "blank_line"),
         (4, "not_utf8"),
     ]
 
