@@ -281,7 +281,69 @@ def distillation() -> Recorded:
     return file
 
 
-FILES = {"pairs": pairs, "unpaired": unpaired, "reward": reward, "distillation": distillation}
+def groups() -> Recorded:
+    """GRPO: two answers to each prompt, one better than the other by some advantage."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    # Prompts of one length: what is masked in front of a shorter one is NaN in eager attention, and 0 × NaN.
+    rows = [
+        {"prompt": ids(4, 3 * n), "completion": row[name], "advantage": sign * (0.5 + 0.25 * n)}
+        for n, row in enumerate(PAIRS)
+        for name, sign in (("chosen", 1), ("rejected", -1))
+    ]
+    file = Recorded("groups", rows, 0.3)
+    answer = max(len(row["completion"]) for row in rows)
+    short = [answer - len(row["completion"]) for row in rows]
+    inputs = {
+        "prompt_ids": torch.tensor([row["prompt"] for row in rows]),
+        "prompt_mask": torch.ones(len(rows), 4, dtype=torch.long),
+        "completion_ids": torch.tensor(
+            [row["completion"] + [2] * less for row, less in zip(rows, short, strict=True)]
+        ),
+        "completion_mask": torch.tensor([[1] * (answer - less) + [0] * less for less in short]),
+        "advantages": torch.tensor([row["advantage"] for row in rows], dtype=torch.float64),
+        "num_items_in_batch": torch.tensor(sum(len(row["completion"]) for row in rows)),
+    }
+    for case, options in {
+        "grpo": {"loss_type": "grpo"},
+        "dapo": {"loss_type": "dapo"},
+        "bnpo": {"loss_type": "bnpo"},
+        "dr_grpo": {"loss_type": "dr_grpo"},
+        "grpo-kl": {"loss_type": "grpo", "beta": 0.2},
+        "grpo-kl-paper": {"loss_type": "grpo", "beta": 0.2, "use_bias_correction_kl": False},
+        "dapo-warm-kl": {"loss_type": "dapo", "beta": 0.04, "temperature": 0.7},
+    }.items():
+        told = {"temperature": 1.0, "beta": 0.0, "max_completion_length": 16, "num_generations": 2, **options}
+        arguments = GRPOConfig(
+            output_dir=tempfile.mkdtemp(), report_to=[], bf16=False, use_cpu=True,
+            gradient_checkpointing=False, per_device_train_batch_size=2, **told,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=base(), args=arguments, train_dataset=Dataset.from_list([{"prompt": "the sky"}] * 2),
+            processing_class=tiny_tokenizer(), peft_config=lora(),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        )  # fmt: skip
+        trainer.model.double().eval()
+        trainer.current_gradient_accumulation_steps = 1
+
+        def loss_of(trainer: Any = trainer, told: Any = told) -> torch.Tensor:
+            given = dict(inputs)
+            if told["beta"]:
+                whole = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+                mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+                with torch.no_grad(), trainer.model.disable_adapter():
+                    given["ref_per_token_logps"] = trainer._get_per_token_logps_and_entropies(
+                        trainer.model, whole, mask, answer
+                    )[0]
+            return trainer._compute_loss(trainer.model, given)
+
+        file.add(case, told, trainer.model, loss_of)
+    return file
+
+
+FILES = {
+    "pairs": pairs, "unpaired": unpaired, "reward": reward, "distillation": distillation, "groups": groups,
+}  # fmt: skip
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")

@@ -4,11 +4,14 @@ Shao et al. 2024, arXiv:2402.03300, equation 3, with one update for each set of 
 them is then the one that is updated, so the ratio ρ = π/π_old is 1 and clipping it never acts, but its
 gradient is that of log π. With A_i the advantage of answer i, and π at the temperature that it wrote with:
 
-    token   l_it = -ρ_it A_i + β (e^d - d - 1),   d = log π_ref(y_it) - log π(y_it)
+    token   l_it = -ρ_it A_i + β ρ_it (e^d - d - 1),   d = log π_ref(y_it) - log π(y_it)
 
     dapo, bnpo   sum of l over all tokens of the step / their number   Yu et al. 2025, arXiv:2503.14476
     grpo         mean over the answers of the mean over their tokens
     dr_grpo      sum over all tokens / (answers × max_new_tokens)      Liu et al. 2025, arXiv:2503.20783
+
+The second ρ is not in GRPO's paper. It changes no value, but makes the gradient that of the reverse KL instead
+of one that is biased: DeepSeek-V3.2, arXiv:2512.02556, and TRL. `kl_gradient` "paper" leaves it out.
 
 TRL's names. Its bnpo divides by the tokens of each microbatch; here nothing depends on how a step is split,
 so bnpo is dapo. The reference is the base without its adapter.
@@ -43,6 +46,7 @@ class GRPO(Objective):
     top_k: int | None = Field(None, ge=1)
     beta: float = Field(0.0, ge=0, le=10)
     """How much the distance from the base costs; 0: nothing, and no forward pass of the base."""
+    kl_gradient: Literal["unbiased", "paper"] = "unbiased"
     loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
 
@@ -84,10 +88,12 @@ class GRPO(Objective):
         targets_BU = logps.targets_of(batch)
         logits_BUV = logps.precise(logps.logits_of(model, batch))
         logps_BU = logps.token_logps(logits_BUV / self.temperature, targets_BU)
-        loss_BU = -batch.advantages_S[: len(logps_BU), None] * (logps_BU - logps_BU.detach()).exp()
+        ratio_BU = (logps_BU - logps_BU.detach()).exp()
+        loss_BU = -batch.advantages_S[: len(logps_BU), None] * ratio_BU
         if self.beta > 0:
             gap_BU = self._base_logps(model, batch, targets_BU) - logps_BU
-            loss_BU = loss_BU + self.beta * (gap_BU.exp() - gap_BU - 1)
+            kl_BU = gap_BU.exp() - gap_BU - 1
+            loss_BU = loss_BU + self.beta * (kl_BU * ratio_BU if self.kl_gradient == "unbiased" else kl_BU)
         found_BU = targets_BU != IGNORE
         weights_BU = found_BU.to(loss_BU.dtype)
         if self.loss_type == "grpo":
