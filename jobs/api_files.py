@@ -1,5 +1,6 @@
 """Routes of files and chunked uploads: OpenAI's, with what was found out about a training file beside it."""
 
+import tarfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from jobs import files
+from jobs import files, imports
 from jobs.body import Form, file_form, filename_of, json_body
 from jobs.caller import AsCaller, form_request, json_request, services_of
 from jobs.files import FileRow, UploadRow
@@ -80,6 +81,13 @@ class ExpiresAfter(Frozen):
     seconds: int = Field(ge=files.EXPIRY_SECONDS[0], le=files.EXPIRY_SECONDS[1])
 
 
+class ImportFile(Frozen):
+    uri: str = Field(min_length=1, max_length=2048)
+    """`s3://bucket/prefix-or-glob`, `file:///directory-or-glob`,
+    `hf://datasets/org/name[:config][@revision][?split=train]` or `https://host/path`."""
+    expires_after: ExpiresAfter | None = None
+
+
 class CreateUpload(Frozen):
     bytes: int = Field(ge=1)
     filename: str = Field(min_length=1, max_length=255)
@@ -142,6 +150,14 @@ def create_file(
     return file_of(row)
 
 
+@router.post("/files/import", tags=["files"], openapi_extra=json_request(ImportFile))
+def import_file(caller: AsCaller, wanted: Annotated[ImportFile, Depends(json_body(ImportFile))]) -> File:
+    """Bring a data set from where it lies: `s3://`, `file://`, `hf://datasets/…` or `https://`. The same data
+    is brought once; it is checked like an upload."""
+    seconds = None if wanted.expires_after is None else float(wanted.expires_after.seconds)
+    return file_of(imports.bring(caller, wanted.uri, expires_after=seconds, param="uri"))
+
+
 @router.get("/files", tags=["files"])
 def list_files(
     caller: AsCaller,
@@ -183,8 +199,10 @@ def delete_file(caller: AsCaller, file_id: str) -> DeletedFile:
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
 def file_content(caller: AsCaller, file_id: str) -> StreamingResponse:
-    """The bytes of a file, as they were uploaded."""
+    """The bytes of a file, as they were uploaded; of a data set of several files, a tar of them."""
     row = files.get(caller.engine, caller.project, file_id)
+    if len(row.parts) > 1:
+        return tar_of(caller.store, row)
     return streamed(caller.store, row.key, row.filename, row.bytes)
 
 
@@ -263,7 +281,10 @@ def retry_count(request: Request) -> int:
 def streamed(store: Store, key: str, filename: str, size: int | None = None) -> StreamingResponse:
     """An object of the store as a download. Its first chunk is read before the answer begins, while an error
     can still become an envelope."""
-    chunks = iter(store.read(key))
+    return _download(iter(store.read(key)), filename, size)
+
+
+def _download(chunks: Iterator[bytes], filename: str, size: int | None) -> StreamingResponse:
     first = next(chunks, b"")
     headers = {
         "content-disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
@@ -273,6 +294,28 @@ def streamed(store: Store, key: str, filename: str, size: int | None = None) -> 
         headers["content-length"] = str(size)
     body: Iterator[bytes] = chain((first,), chunks)
     return StreamingResponse(body, headers=headers, media_type="application/octet-stream")
+
+
+def tar_of(store: Store, row: FileRow) -> StreamingResponse:
+    """The files of a data set as one tar stream, none of them held in memory."""
+
+    def header(name: str, size: int) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.size, info.mtime = size, int(row.created_at)
+        return info.tobuf(tarfile.PAX_FORMAT)
+
+    heads = [header(part.name, part.bytes) for part in row.parts]
+    padding = [-part.bytes % tarfile.BLOCKSIZE for part in row.parts]
+
+    def blocks() -> Iterator[bytes]:
+        for part, head, missing in zip(row.parts, heads, padding, strict=True):
+            yield head
+            yield from store.read(part.key)
+            yield bytes(missing)
+        yield bytes(2 * tarfile.BLOCKSIZE)
+
+    size = sum(map(len, heads)) + sum(padding) + row.bytes + 2 * tarfile.BLOCKSIZE
+    return _download(blocks(), f"{row.filename}.tar", size)
 
 
 def file_of(row: FileRow) -> File:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -500,10 +501,14 @@ def filename_of(name: str, param: str = "filename") -> str:
 
 
 def remove_leftovers(directory: Path, older_than: float) -> None:
-    """Delete files that a killed process left in `directory` before the time `older_than`."""
-    for path in directory.glob("upload-*"):
+    """Delete what a killed process left in `directory` before the time `older_than`."""
+    for path in (*directory.glob("upload-*"), *directory.glob("import-*")):
         try:
-            if path.stat().st_mtime < older_than:
+            if path.stat().st_mtime >= older_than:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 os.unlink(path)
         except FileNotFoundError:
             pass  # another replica was faster
