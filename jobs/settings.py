@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -95,6 +95,13 @@ class Settings(BaseSettings):
     address is private counts only if that address, or its network, is listed too: `10.0.0.0/8`."""
     max_source_bytes: int = Field(16 << 30, ge=1)
     """Largest data set that is brought in from elsewhere, all its files together."""
+
+    python_graders: Literal["off", "isolated", "trusted"] = "off"
+    """Scripts of users that grade texts. isolated: they run where Linux can shut them in (Landlock and seccomp),
+    and are refused elsewhere; trusted: they run anyway, with the rights of the service."""
+    judge_url: str | None = Field(None, min_length=1)
+    """OpenAI-compatible endpoint, up to its `/v1`, whose models judge texts for score_model graders."""
+    judge_key: str | None = Field(None, repr=False, min_length=1)
 
     @field_validator("data_dir", "ray_auth_token_path", "train_ray_auth_token_path")
     @classmethod
