@@ -141,9 +141,7 @@ def rollout(
     most = -(-len(rows) // engine.world)
     prompts = [prompt for row in mine for prompt in prompts_of(data, row, group)]
     # A rank with fewer rows answers another's again, for nobody: under ZeRO-3 all must take part.
-    filling = [
-        prompt for _ in range(most - len(mine)) for prompt in prompts_of(data, rows[0], group)
-    ]
+    filling = [prompt for _ in range(most - len(mine)) for prompt in prompts_of(data, rows[0], group)]
     sampling = Sampling(
         objective.max_new_tokens, objective.temperature, objective.top_p, objective.top_k, seed, step
     )
@@ -305,8 +303,8 @@ class _Pick:
 
 @contextmanager
 def _generating(engine_model: nn.Module, model: nn.Module) -> Iterator[None]:
-    """Dropout is off, and nothing that the base's author likes in texts (a repetition penalty) changes what is
-    drawn: answers must come from the distribution that is trained."""
+    """Dropout is off, and nothing that the base's author likes in texts (a repetition penalty) changes what
+    is drawn: answers must come from the distribution that is trained."""
     from transformers import GenerationConfig
 
     was_training = engine_model.training
@@ -317,7 +315,7 @@ def _generating(engine_model: nn.Module, model: nn.Module) -> Iterator[None]:
     }
     engine_model.eval()
     for module in configs:
-        module.generation_config = GenerationConfig()  # type: ignore[assignment]
+        module.generation_config = GenerationConfig()
     try:
         with torch.no_grad():
             yield

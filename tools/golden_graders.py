@@ -2,7 +2,8 @@
 
 Run with an environment of its own, because they are no part of this project:
 
-    python3 -m venv TEXT && TEXT/bin/pip install rapidfuzz==3.14.6 rouge-score==0.1.2 nltk==3.10.4 sacrebleu==2.6.0
+    python3 -m venv TEXT
+    TEXT/bin/pip install rapidfuzz==3.14.6 rouge-score==0.1.2 nltk==3.10.4 sacrebleu==2.6.0
     TEXT/bin/python tools/golden_graders.py        writes tests/golden/similarity.json
 
 Imports nothing of peft_service: what the file says must not depend on what it judges.
@@ -26,7 +27,7 @@ TEXTS = [
     "on the mat sat the cat",
     "The cat, sitting on its mat, is happily sleeping.",
     "A happy cat sleeps on mats.",
-    "It costs $1,234.50 (or 5% more) - e.g. in 2024-25; \"really\"!",
+    'It costs $1,234.50 (or 5% more) - e.g. in 2024-25; "really"!',
     "It costs $1,234.5, or 5 % more, in 2024.",
     "yes",
     "Yes.",
@@ -47,14 +48,17 @@ TEXTS = [
     "Flying flies died; dying ties tied agreed feed bled conflated troubled sized hopping tanned falling",
     "fly die tie agree feed bleed conflate trouble size hop tan fall",
 ]
-WORDS = """caresses ponies ties caress cats feed agreed plastered bled motoring sing conflated troubled sized hopping
-tanned falling hissing fizzed failing filing happy sky relational conditional rational valenci hesitanci digitizer
-conformabli radicalli differentli vileli analogousli vietnamization predication operator feudalism decisiveness
-hopefulness callousness formaliti sensitiviti sensibiliti triplicate formative formalize electriciti electrical hopeful
-goodness revival allowance inference airliner gyroscopic adjustable defensible irritant replacement adjustment dependent
-adoption homologou communism activate angulariti homologous effective bowdlerize probate rate cease controll roll
-generalizations oscillators yes y toy toys crying cries eye eyed bee a as is ion ions skies dying agreement
-abilities universally organization multidimensional queue syzygy""".split()
+WORDS = """
+caresses ponies ties caress cats feed agreed plastered bled motoring sing conflated troubled sized
+hopping tanned falling hissing fizzed failing filing happy sky relational conditional rational
+valenci hesitanci digitizer conformabli radicalli differentli vileli analogousli vietnamization
+predication operator feudalism decisiveness hopefulness callousness formaliti sensitiviti
+sensibiliti triplicate formative formalize electriciti electrical hopeful goodness revival allowance
+inference airliner gyroscopic adjustable defensible irritant replacement adjustment dependent
+adoption homologou communism activate angulariti homologous effective bowdlerize probate rate cease
+controll roll generalizations oscillators yes y toy toys crying cries eye eyed bee a as is ion ions
+skies dying agreement abilities universally organization multidimensional queue syzygy
+""".split()  # noqa: SIM905
 
 
 class NoSynonyms:

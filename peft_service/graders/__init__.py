@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     """Finite; 0 where something went wrong."""
     fault: Fault = ""
     detail: str = ""
-    parts: Mapping[str, float] = {}  # noqa: RUF012 - a default that nobody can change through a Mapping
+    parts: Mapping[str, float] = {}
     """The scores that it was put together from, by the name of the grader."""
 
 

@@ -1,8 +1,8 @@
 """Multi: a formula over the scores of several graders.
 
 `calculate_output` has names of the graders, numbers, `+ - * / ^` and brackets, and the functions abs, ceil,
-exp, floor, log, max, min, sqrt. It is read by Python's parser and worked out here, node by node; nothing in it
-is ever run.
+exp, floor, log, max, min, sqrt. It is read by Python's parser and worked out here, node by node; nothing in
+it is ever run.
 """
 
 import ast
@@ -113,8 +113,8 @@ def value(node: ast.expr, scores: Mapping[str, float]) -> float:
         ArithmeticError, ValueError: it has no value for these scores (1 / 0, log(0), the root of -1).
     """
     match node:
-        case ast.Constant():
-            return float(node.value)  # type: ignore[arg-type] - `_check` has seen a number
+        case ast.Constant(value=int() | float() as number):
+            return float(number)
         case ast.Name():
             return scores[node.id]
         case ast.UnaryOp():

@@ -1,6 +1,7 @@
 """The stem of an English word: Porter, "An algorithm for suffix stripping", Program 14(3), 1980."""
 
 from functools import lru_cache
+from itertools import pairwise
 
 VOWELS = "aeiou"
 
@@ -88,7 +89,7 @@ def _consonant(word: str, place: int) -> bool:
 def _measure(word: str) -> int:
     """m of [C](VC)^m[V]: how often a consonant follows a vowel."""
     kinds = [_consonant(word, place) for place in range(len(word))]
-    return sum(not before and after for before, after in zip(kinds[:-1], kinds[1:], strict=True))
+    return sum(not before and after for before, after in pairwise(kinds))
 
 
 def _has_vowel(word: str) -> bool:

@@ -15,8 +15,8 @@ class Python(Grader):
     type: Literal["python"] = "python"
 
     source: str = Field(min_length=1, max_length=256 * 1024)
-    """Defines `grade(sample, item)`; sample has output_text, output_json and output_tools. It has the standard
-    library, 1 GiB of memory and 10 seconds for a call, no network and no processes (`graders.sandbox`)."""
+    """Defines `grade(sample, item)`; sample has output_text, output_json and output_tools. It has the
+    standard library, 1 GiB of memory and 10 seconds for a call; no files, no network (`graders.sandbox`)."""
     image_tag: str | None = None
     """OpenAI's choice of installed packages; there is one here."""
 

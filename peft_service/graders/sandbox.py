@@ -176,7 +176,7 @@ CALLS = {
         0xC000003E,
         # read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction
         # rt_sigprocmask rt_sigreturn ioctl pread64 pwrite64 readv writev access
-        *range(0, 22),
+        *range(22),
         # select sched_yield mremap msync madvise dup dup2 nanosleep getpid exit uname
         23, 24, 25, 26, 28, 32, 33, 35, 39, 60, 63,
         # fcntl flock fsync ftruncate getdents getcwd chdir rename mkdir rmdir creat unlink readlink umask
@@ -208,7 +208,7 @@ CALLS = {
         291, 293, 436, 439,
     ),
 }  # fmt: skip
-"""By machine: the kernel's number for it (AUDIT_ARCH), and the numbers of the calls that a script may make."""
+"""By machine: the kernel's number for it (AUDIT_ARCH), and the numbers of the calls a script may make."""
 
 NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446

@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from peft_service.formats import Problem
@@ -108,9 +109,7 @@ def meteor(text: str, reference: str) -> float:
     if not matches:
         return 0.0
     matches.sort()
-    chunks = 1 + sum(
-        (a + 1, b + 1) != following for (a, b), following in zip(matches[:-1], matches[1:], strict=True)
-    )
+    chunks = 1 + sum((a + 1, b + 1) != following for (a, b), following in pairwise(matches))
     precision, recall = len(matches) / len(found), len(matches) / len(wanted)
     mean = precision * recall / (0.9 * precision + 0.1 * recall)
     return mean * (1 - 0.5 * (chunks / len(matches)) ** 3)

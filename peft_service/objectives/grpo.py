@@ -10,8 +10,8 @@ gradient is that of log π. With A_i the advantage of answer i, and π at the te
     grpo         mean over the answers of the mean over their tokens
     dr_grpo      sum over all tokens / (answers × max_new_tokens)      Liu et al. 2025, arXiv:2503.20783
 
-The second ρ is not in GRPO's paper. It changes no value, but makes the gradient that of the reverse KL instead
-of one that is biased: DeepSeek-V3.2, arXiv:2512.02556, and TRL. `kl_gradient` "paper" leaves it out.
+The second ρ is not in GRPO's paper. It changes no value, but makes the gradient that of the reverse KL
+instead of a biased one: DeepSeek-V3.2, arXiv:2512.02556, and TRL. `kl_gradient` "paper" leaves it out.
 
 TRL's names. Its bnpo divides by the tokens of each microbatch; here nothing depends on how a step is split,
 so bnpo is dapo. The reference is the base without its adapter.

@@ -96,10 +96,8 @@ def test_a_text_is_graded(client: OpenAI) -> None:
     errors = found.metadata.errors.model_dump()
     assert not any(errors.values())
     # Every field that the client's type requires is really in the answer.
-    for model in (type(found), type(found.metadata), type(found.metadata.errors)):
-        model.model_validate(
-            {type(found): found, type(found.metadata): found.metadata}.get(model, found.metadata.errors).to_dict()
-        )
+    for part in (found, found.metadata, found.metadata.errors):
+        type(part).model_validate(part.to_dict())
 
 
 def test_what_goes_wrong_with_a_text_is_told(client: OpenAI) -> None:
@@ -174,7 +172,8 @@ def test_a_busy_endpoint_is_asked_again(judge: Judge) -> None:
         (CHECK | {"operation": "equals"}, "grader.operation", "'eq'"),
         (CHECK | {"type": "regex"}, "grader", "string_check"),
         (CHECK | {"input": "{{sample.output}}"}, "grader.input", 'did you mean "output_text"?'),
-        ({"type": "text_similarity", "name": "s", "input": "", "reference": "", "evaluation_metric": "cosine"},
+        ({"type": "text_similarity", "name": "s", "input": "", "reference": "",
+          "evaluation_metric": "cosine"},
          "grader.evaluation_metric", "no embedding model"),
         ({"type": "multi", "name": "m", "graders": {"exact": CHECK}, "calculate_output": "exat"},
          "grader.calculate_output", 'did you mean "exact"?'),

@@ -174,7 +174,9 @@ def test_a_formula_is_worked_out(formula, score):
     assert found.parts["a"] == 1
 
 
-@pytest.mark.parametrize("formula", ["a / b", "log(b) + a", "sqrt(b - a)", "exp(1000 * a) + b", "9^9^9^9*a+b"])
+@pytest.mark.parametrize(
+    "formula", ["a / b", "log(b) + a", "sqrt(b - a)", "exp(1000 * a) + b", "9^9^9^9*a+b"]
+)
 def test_a_formula_without_a_value_is_a_fault(formula):
     (found,) = outcomes(multi(formula, a=1, b=0), [({}, "yes")])
     assert (found.score, found.fault) == (0.0, "formula_parse_error")
@@ -206,7 +208,7 @@ def test_a_formula_that_is_none_is_refused(formula, code, words):
 
 
 def test_several_graders_need_names_that_a_formula_can_use():
-    assert refused(multi("max", **{"max": 1})).param == "grader.graders.max"
+    assert refused(multi("max", max=1)).param == "grader.graders.max"
     assert "grader.graders.a-b" in refused(multi("a", **{"a-b": 1})).message
     one = multi("c * 2", c=1) | {"graders": CHECK | {"reference": "yes"}}
     assert outcomes(one, [({}, "yes")])[0].score == 2
@@ -220,7 +222,10 @@ MODEL = {
     "type": "score_model", "name": "j", "model": "judge-1", "range": [0, 10],
     "input": [
         {"role": "system", "content": "Be strict."},
-        {"role": "user", "content": [{"type": "input_text", "text": "Q: {{item.q}}"}, "A: {{sample.output_text}}"]},
+        {
+            "role": "user",
+            "content": [{"type": "input_text", "text": "Q: {{item.q}}"}, "A: {{sample.output_text}}"],
+        },
     ],
     "sampling_params": {"temperature": 0.0, "max_completions_tokens": 50},
 }  # fmt: skip
@@ -236,7 +241,9 @@ def test_a_model_is_asked_and_its_number_read():
             raise ConnectionError("no route")
         return answer
 
-    texts = ['{"result": 7}', 'Well: {"x": {}} so {"result": 2.5}.', "7", '{"result": 11}', '{"result": "7"}']
+    texts = [
+        '{"result": 7}', 'Well: {"x": {}} so {"result": 2.5}.', "7", '{"result": 11}', '{"result": "7"}',
+    ]  # fmt: skip
     found = outcomes(MODEL, [({"q": "1+1"}, text) for text in [*texts, "down"]], Allowed(ask=ask))
     assert [o.score for o in found] == [7, 2.5, 0, 0, 0, 0]
     assert [o.fault for o in found[:2]] == ["", ""]
