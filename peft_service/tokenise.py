@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,7 +176,7 @@ class Tokenised:
             "items": 0 if self.item_offsets is None else int(self.item_offsets[count]),
             "class_tasks": 0 if self.class_tasks is None else len(self.class_tasks),
         }
-        arrays = {
+        arrays: dict[str, Any] = {
             name: None if values is None else np.array(values[: cut.get(name, count)])
             for name, values in ((name, getattr(self, name)) for name in _ARRAYS)
         }
@@ -285,7 +285,7 @@ class _Writer:
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, Any] = {}
         self._width: dict[str, tuple[int, ...]] = {}
         self._lengths, self._item_lengths = array("q"), array("q")
 
@@ -742,8 +742,9 @@ class _Rows:
                 if piece.mask.any():
                     yield replace(row, sequences=(piece,))
             return
-        fitted = tuple(self._cut(sequence, row.line, needs_targets) for sequence in row.sequences)
-        if all(sequence is not None for sequence in fitted):
+        cut = [self._cut(sequence, row.line, needs_targets) for sequence in row.sequences]
+        fitted = tuple(sequence for sequence in cut if sequence is not None)
+        if len(fitted) == len(cut):
             if length > most:
                 report.note("truncated", row.line)
             yield replace(row, sequences=fitted)
@@ -1003,6 +1004,7 @@ def _ids(encoded: Any) -> NDArray[np.int32]:
     return np.array(encoded["input_ids"], dtype=np.int32)
 
 
+_PLACEHOLDER = re.compile(r"qzPLACE(\d+)HOLDERqz")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -1192,58 +1194,57 @@ class _Template:
 
     def _contents(
         self, whole: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
-    ) -> list[tuple[int, int] | None] | None:
-        """The characters of every message's own text, found by rendering placeholders; None: the template
-        changes texts, so that nothing can be said."""
-        marked, marks = [], []
-        for index, message in enumerate(messages):
-            if message["content"].strip():
-                marks.append((index, f"qzPLACE{index}HOLDERqz"))
-                message = {**message, "content": marks[-1][1]}
-            marked.append(message)
+    ) -> list[tuple[int, int, int]] | None:
+        """(message, start, end): the characters of messages' own texts, wherever the template writes them,
+        found by rendering placeholders; None: it changes texts, so that nothing can be said."""
+        marked = [
+            {**message, "content": f"qzPLACE{index}HOLDERqz"} if message["content"].strip() else message
+            for index, message in enumerate(messages)
+        ]
         try:
             skeleton = self._text(marked, tools)
         except _Bad:
             return None
-        found: list[tuple[int, int] | None] = [None] * len(messages)
-        at, rest = 0, skeleton
-        for index, mark in marks:
-            between, hit, rest = rest.partition(mark)
-            if not hit or mark in rest or not whole.startswith(between, at):
-                return None
-            at += len(between)
-            text = messages[index]["content"]
-            following = rest[: rest.find("qzPLACE")] if "qzPLACE" in rest else rest
+        # Texts of the template, and between them the numbers of the messages.
+        pieces = _PLACEHOLDER.split(skeleton)
+        found: list[tuple[int, int, int]] = []
+        if not whole.startswith(pieces[0]):
+            return None
+        at = len(pieces[0])
+        for number, following in zip(pieces[1::2], pieces[2::2], strict=True):
+            text = messages[int(number)]["content"]
             for candidate in (text, text.strip(), text.rstrip(), text.lstrip()):
                 if whole.startswith(candidate, at) and whole.startswith(following, at + len(candidate)):
-                    found[index] = (at, at + len(candidate))
-                    at += len(candidate)
+                    found.append((int(number), at, at + len(candidate)))
+                    at += len(candidate) + len(following)
                     break
             else:
                 return None
-        return found if whole[at:] == rest else None
+        return found if at == len(whole) else None
 
     def _same(
         self,
         whole: str,
         turns: list[tuple[int, int]],
-        contents: list[tuple[int, int] | None],
+        contents: list[tuple[int, int, int]],
         trained: list[bool],
     ) -> None:
-        """Raises _Bad where a trained message is not wholly among the targets, or an untrained one is."""
-        for index, (content, yes) in enumerate(zip(contents, trained, strict=True)):
-            if content is None:
-                continue
-            start, end = content
-            inside = any(first <= start and end <= last for first, last in turns)
+        """Raises _Bad where a trained message is nowhere wholly among the targets, or an untrained one is."""
+        inside = {
+            index
+            for index, start, end in contents
+            if any(first <= start and end <= last for first, last in turns)
+        }
+        for index, start, end in contents:
             touched = any(first < end and start < last for first, last in turns)
-            if inside if yes else not touched:
+            if index in inside if trained[index] else not touched:
                 continue
             seen = " ".join(shown(whole[first:last], 60) for first, last in turns)
             raise _Bad(
                 "masks_disagree",
                 f"The message's own text is {shown(whole[start:end], 60)}, which is "
-                f"{'not all' if yes else 'partly'} in what follows the generation prompts: {seen}.",
+                f"{'not all' if trained[index] else 'partly'} in what follows the generation prompts: "
+                f"{seen}.",
                 "the template puts messages into another order or place than it asks for them",
                 f"messages[{index}]",
             )
