@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, select
 
-from jobs import base_models
+from jobs import base_models, objectives
 from jobs.api_files import streamed
 from jobs.base_models import BaseRow
 from jobs.body import json_body
@@ -21,6 +21,7 @@ from peft_service.catalog import Adapter as AdapterRow
 from peft_service.errors import InvalidRequest, NotFound, NotPermitted, ObjectNotFound
 from peft_service.methods import Capabilities
 from peft_service.methods import Method as MethodVariant
+from peft_service.objectives import Objective
 from peft_service.variants import Frozen
 
 router = APIRouter()
@@ -169,6 +170,40 @@ class MethodObject(BaseModel):
 class MethodList(BaseModel):
     object: Literal["list"] = "list"
     data: list[MethodObject]
+    has_more: Literal[False] = False
+
+
+class ObjectiveObject(BaseModel):
+    id: str
+    object: Literal["objective"] = "objective"
+    kind: str
+    names: list[str]
+    """What `method.type` may be to mean it, in any spelling; OpenAI's name first where it has one."""
+    aliases: dict[str, dict[str, Any]]
+    """Those of them that set fields, and the fields."""
+    summary: str
+    formula: str
+    paper: str
+    measure: str
+    """What is better after training than before, on rows that were not trained on."""
+    rows: str
+    """What a row must be."""
+    formats: list[str]
+    """Of the files that it learns from."""
+    default_for: list[str]
+    """Those of them that mean it where a request names no objective."""
+    rate_scale: float
+    """What the method's own learning rate is multiplied with by default."""
+    packs: bool
+    """Whether `training.packing` is possible."""
+    defaults: dict[str, Any]
+    schema_: dict[str, Any] = Field(serialization_alias="schema")
+    """JSON schema of the object beside `method.type`."""
+
+
+class ObjectiveList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ObjectiveObject]
     has_more: Literal[False] = False
 
 
@@ -478,4 +513,33 @@ def _method_of(kind: str, method: type[MethodVariant]) -> MethodObject:
         learning_rate=method.learning_rate,
         defaults=defaults_of(method),
         schema_=method.model_json_schema(),
+    )
+
+
+@router.get("/objectives", tags=["methods"])
+def list_objectives(caller: AsCaller) -> ObjectiveList:
+    """Every objective that a job can have: what `method.type` may be."""
+    return ObjectiveList(
+        data=[_objective_of(kind, variant) for kind, variant in objectives.objectives().items()]
+    )
+
+
+def _objective_of(kind: str, variant: type[Objective]) -> ObjectiveObject:
+    named = [named.name for named in objectives.names().values() if named.kind == kind]
+    return ObjectiveObject(
+        id=kind,
+        kind=kind,
+        names=sorted(named, key=lambda name: (name not in objectives.OPENAI, name != kind, name)),
+        aliases={name: dict(preset) for name, preset in variant.aliases.items() if preset},
+        summary=variant.summary,
+        formula=variant.formula,
+        paper=variant.paper,
+        measure=variant.measure,
+        rows=variant.rows,
+        formats=list(variant.formats),
+        default_for=list(variant.default_for),
+        rate_scale=variant.rate_scale,
+        packs=variant.packs,
+        defaults=defaults_of(variant),
+        schema_=objectives.request_model(kind).model_json_schema(),
     )

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import and_, func, literal_column, or_, select
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from cluster.dashboard import ClusterUnavailable
 from cluster.plan import Capacity, Plan, make_plan
-from jobs import base_models, files, queue
+from jobs import base_models, files, objectives, queue, readings
 from jobs import request as requests
 from jobs.api_files import retry_count
+from jobs.api_graders import allowed_here
 from jobs.base_models import BaseRow
 from jobs.body import read_object
 from jobs.caller import AsCaller, Caller, caller_with, json_request
@@ -27,11 +28,14 @@ from jobs.db import capacity as capacity_table
 from jobs.db import in_order, reading, writing
 from jobs.db import jobs as jobs_table
 from jobs.queue import CheckpointRow, EventRow, JobRow, NewJob
-from jobs.request import CreateJob, Known, Resolved, Wanted
-from peft_service import catalog
+from jobs.readings import Reading
+from jobs.request import CreateJob, Files, Known, Resolved, Wanted
+from peft_service import catalog, graders
+from peft_service.batches import steps_of
 from peft_service.errors import Conflict, InvalidRequest, NotFound, ObjectNotFound, PeftServiceError
 from peft_service.methods import Method
-from peft_service.spec import Base, Source
+from peft_service.spec import Base, FineTuneSpec, Source
+from peft_service.validate import Overlap
 
 router = APIRouter()
 
@@ -52,13 +56,13 @@ class JobHyperparameters(BaseModel):
     learning_rate: float
 
 
-class JobSupervised(BaseModel):
-    hyperparameters: JobHyperparameters
-
-
 class JobMethod(BaseModel):
-    type: Literal["supervised"] = "supervised"
-    supervised: JobSupervised
+    """The objective: what one would send to get this job again, in the object of the name `type`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    """OpenAI's name (supervised, dpo, reinforcement) where it has one, else the kind of the objective."""
 
 
 class QueuePlace(BaseModel):
@@ -108,6 +112,12 @@ class Job(BaseModel):
     base: dict[str, Any]
     training: dict[str, Any]
     """Every value that training uses, "auto" resolved; empty where nothing is trained."""
+    objective: dict[str, Any] | None
+    """What is minimised, with all its values; null where nothing is trained."""
+    data: dict[str, Any] | None
+    """What is trained on and how it is read."""
+    evaluation: dict[str, Any] | None
+    """Answers that are generated and graded while it trains."""
     operation: dict[str, Any] | None
     """What is done to `sources` instead of training, with all its values."""
     sources: list[dict[str, Any]]
@@ -161,6 +171,7 @@ class PreflightData(BaseModel):
     file: str
     rows: int
     format: str
+    container: str | None
     bytes: int
     statistics: dict[str, Any]
     warnings: list[str]
@@ -173,12 +184,23 @@ class Preflight(BaseModel):
     name: str
     base: dict[str, Any]
     adapter: dict[str, Any]
+    method: JobMethod
+    objective: dict[str, Any]
+    evaluation: dict[str, Any] | None
     hyperparameters: JobHyperparameters
     training: dict[str, Any]
     resources: dict[str, Any]
     reasons: dict[str, str] = Field(description="For every value that was chosen, why this one.")
     training_file: PreflightData
+    sources: list[PreflightData]
+    """What is trained on beside the training file."""
     validation_file: PreflightData | None
+    overlap: Overlap | None
+    """Null without a validation file."""
+    rows: int
+    """That are trained on, each once an epoch where no weights are given."""
+    steps: int
+    """Optimizer steps of the whole run, if no row is dropped or split for its length."""
     plan: dict[str, Any] | None
     arithmetic: list[str]
     warnings: list[str]
@@ -203,6 +225,19 @@ class Prepared:
     base: BaseRow
     plan: Plan | None
     """None: the cluster has not reported any node yet."""
+    sources: tuple[Reading, ...]
+    """All that is trained on; the training file is the first."""
+    validation: Reading | None = None
+    forgetting: Reading | None = None
+    teacher: BaseRow | None = None
+
+    @property
+    def readings(self) -> list[tuple[str, Reading]]:
+        """Every data set, with the key that names it."""
+        asked = (*self.wanted.sources, self.wanted.validation, self.wanted.forgetting)
+        found = (*self.sources, self.validation, self.forgetting)
+        named = zip(asked, found, strict=True)
+        return [(one.param, read) for one, read in named if one is not None and read is not None]
 
 
 @router.post("/fine_tuning/jobs", tags=["fine-tuning"], openapi_extra=json_request(CreateJob))
@@ -227,10 +262,11 @@ def create_job(caller: AsCaller, request: Request, raw: Raw) -> Job:
     with writing(caller.engine) as conn:
         # From here to the commit nobody can delete the files (`files.remove` takes the same lock).
         in_order(conn, caller.project)
-        files.training_file(conn, caller.project, body.training_file, "training_file")
-        if body.validation_file is not None:
-            files.training_file(conn, caller.project, body.validation_file, "validation_file")
+        for param, found in prepared.readings:
+            files.training_row(conn, caller.project, found.row.id, param)
         base_models.keep(conn, prepared.base)
+        if prepared.teacher is not None:
+            base_models.keep(conn, prepared.teacher)
         row = queue.submit(conn, new)
     return job_of(row, queue.position(caller.engine, row))
 
@@ -239,20 +275,19 @@ def create_job(caller: AsCaller, request: Request, raw: Raw) -> Job:
 def preflight(caller: AsCaller, raw: Raw) -> Preflight:
     """The plan for this job and its arithmetic, every "auto" resolved; nothing is started."""
     prepared = prepare(caller, raw)
-    body, spec, plan = prepared.wanted.body, prepared.resolved.spec, prepared.plan
-    training = _data(caller, body.training_file)
-    validation = None if body.validation_file is None else _data(caller, body.validation_file)
-    warnings = [
-        f"{part.file}: {words}"
-        for part in (training, validation)
-        if part is not None
-        for words in part.warnings
-    ]
+    spec, plan = prepared.resolved.spec, prepared.plan
+    told = [_data(found) for _, found in prepared.readings]
+    warnings = [f"{part.file}: {words}" for part in told for words in part.warnings]
+    overlap = None
+    if prepared.validation is not None:
+        overlap = readings.overlap(caller, prepared.sources, prepared.validation)
+        if (found := overlap.warning()) is not None:
+            warnings.append(str(found))
     if plan is None:
         warnings.append("the training cluster has not reported any node yet, so there is no plan")
-    if not prepared.base.info.get("has_chat_template"):
+    if not prepared.base.info.get("has_chat_template") and spec.data.template is None:
         warnings.append(
-            f"{spec.base.id} has no chat template: only prompt/completion records can be trained on"
+            f"{spec.base.id} has no chat template: rows of messages need one (data.template), others do not"
         )
     return Preflight(
         name=spec.name,
@@ -262,12 +297,19 @@ def preflight(caller: AsCaller, raw: Raw) -> Preflight:
             "parameters": prepared.base.shape["parameters"],
         },
         adapter=spec.method.model_dump(mode="json"),
+        method=JobMethod(**objectives.told(spec.model_dump(mode="json"), requests.hyperparameters_of(spec))),
+        objective=spec.objective.model_dump(mode="json"),
+        evaluation=spec.evaluation and spec.evaluation.model_dump(mode="json"),
         hyperparameters=JobHyperparameters(**requests.hyperparameters_of(spec)),
         training=spec.training.model_dump(mode="json"),
         resources=spec.resources.model_dump(mode="json"),
         reasons=prepared.resolved.reasons,
-        training_file=training,
-        validation_file=validation,
+        training_file=_data(prepared.sources[0]),
+        sources=[_data(source) for source in prepared.sources[1:]],
+        validation_file=None if prepared.validation is None else _data(prepared.validation),
+        overlap=overlap,
+        rows=spec.data.rows,
+        steps=steps_of(spec.data.rows, spec.training),
         plan=None if plan is None else plan.model_dump(mode="json"),
         arithmetic=[] if plan is None else list(plan.arithmetic),
         warnings=warnings,
@@ -327,18 +369,9 @@ def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
     """
     wanted = requests.read(raw)
     body = wanted.body
-    training = files.training_file(caller.engine, caller.project, body.training_file, "training_file")
-    validation = None
-    if body.validation_file is not None:
-        validation = files.training_file(
-            caller.engine, caller.project, body.validation_file, "validation_file"
-        )
-        if validation.format != training.format:
-            raise InvalidRequest(
-                f"validation_file has {validation.format} records, but training_file has {training.format}",
-                code="invalid_training_file",
-                param="validation_file",
-            )
+    sources = tuple(readings.find(caller, source) for source in wanted.sources)
+    validation = None if wanted.validation is None else readings.find(caller, wanted.validation)
+    forgetting = None if wanted.forgetting is None else readings.find(caller, wanted.forgetting)
     base = base_models.resolve(
         caller.engine,
         caller.settings.base_models_allow,
@@ -346,12 +379,85 @@ def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
         body.base.uri if body.base else None,
         body.base.revision if body.base else None,
     )
-    known = Known(base.base, base.info.get("context_length"))
-    sources = _sources(caller, wanted.method, base.base)
-    resolved = requests.resolve(wanted, training, validation, known, base.model_shape, sources)
+    teacher = _teacher(caller, wanted, base)
+    resolved = requests.resolve(
+        wanted,
+        Files(
+            sources[0].data,
+            tuple(source.data for source in sources[1:]),
+            None if validation is None else validation.data,
+            None if forgetting is None else forgetting.data,
+        ),
+        Known(base.base, base.info.get("context_length")),
+        base.model_shape,
+        _sources(caller, wanted.method, base.base),
+        None if teacher is None else teacher.base,
+    )
+    _check_graders(caller, resolved.spec, wanted, sources, validation)
     capacity = seen_capacity(caller)
     plan = None if capacity is None else make_plan(resolved.spec, base.model_shape, capacity)
-    return Prepared(wanted, resolved, base, plan)
+    return Prepared(wanted, resolved, base, plan, sources, validation, forgetting, teacher)
+
+
+def _teacher(caller: Caller, wanted: Wanted, base: BaseRow) -> BaseRow | None:
+    """The base that the objective learns from.
+
+    Raises:
+        InvalidRequest: it is not there, or of another kind than the base.
+    """
+    if wanted.objective.teacher is None:
+        return None
+    param = f"{wanted.objective.where}.teacher"
+    try:
+        teacher = base_models.resolve(
+            caller.engine, caller.settings.base_models_allow, wanted.objective.teacher
+        )
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{param}: {error.message}", code=error.code, param=param) from error
+    if teacher.model_shape.architecture != base.model_shape.architecture:
+        kinds = [row.model_shape.architecture.replace("_", "-") for row in (teacher, base)]
+        raise InvalidRequest(
+            f"{param}: {teacher.id} is an {kinds[0]} model and {base.id} an {kinds[1]} model: a teacher must "
+            "have the base's tokenizer and be of its kind",
+            code="teacher_not_applicable",
+            param=param,
+        )
+    return teacher
+
+
+def _check_graders(
+    caller: Caller,
+    spec: FineTuneSpec,
+    wanted: Wanted,
+    sources: Sequence[Reading],
+    validation: Reading | None,
+) -> None:
+    """
+    Raises:
+        InvalidRequest: a grader can never work: it asks for columns that no row has, or for what the operator
+            does not allow.
+    """
+    allowed = allowed_here(caller)
+    own = getattr(spec.objective, "grader", None)
+    if own is not None:
+        graders.check(own, _columns(sources), allowed, f"{wanted.objective.where}.grader")
+    if spec.evaluation is not None and "grader" in wanted.evaluation:
+        read = [] if validation is None else [validation]
+        graders.check(spec.evaluation.grader, _columns(read), allowed, "evaluation.grader")
+
+
+def _columns(found: Sequence[Reading]) -> set[str] | None:
+    """Keys that every row has which a grader may ask for; None: not known."""
+    every: list[set[str]] = []
+    for one in found:
+        counts = one.report.get("columns")
+        if one.data.columns is not None:
+            every.append(set(one.data.columns.root))
+        elif counts:
+            every.append({name for name, count in counts.items() if count >= one.data.rows})
+        else:
+            return None
+    return set.intersection(*every) if every else None
 
 
 def seen_capacity(caller: Caller) -> Capacity | None:
@@ -362,16 +468,15 @@ def seen_capacity(caller: Caller) -> Capacity | None:
     return capacity if capacity is not None and capacity.nodes else None
 
 
-def _data(caller: Caller, file: str) -> PreflightData:
-    row = files.get(caller.engine, caller.project, file)
-    report = row.report or {}
+def _data(found: Reading) -> PreflightData:
     return PreflightData(
-        file=row.id,
-        rows=row.rows or 0,
-        format=row.format or "",
-        bytes=row.bytes,
-        statistics=report.get("statistics", {}),
-        warnings=report.get("warnings", []),
+        file=found.row.id,
+        rows=found.data.rows,
+        format=found.data.format,
+        container=found.report.get("container"),
+        bytes=found.row.bytes,
+        statistics=found.report.get("statistics", {}),
+        warnings=found.report.get("warnings", []),
     )
 
 
@@ -569,7 +674,7 @@ def job_of(row: JobRow, position: int | None) -> Job:
         estimated_finish=_estimated_finish(row),
         integrations=[],
         metadata=row.metadata or None,
-        method=JobMethod(supervised=JobSupervised(hyperparameters=hyperparameters)),
+        method=JobMethod(**_method_told(spec, hyperparameters)),
         name=row.name,
         started_at=_whole(row.started_at),
         phase=row.phase,
@@ -580,6 +685,9 @@ def job_of(row: JobRow, position: int | None) -> Job:
         adapter=adapter,
         base=spec["base"],
         training=spec.get("training") or {},
+        objective=spec.get("objective"),
+        data=spec.get("data"),
+        evaluation=spec.get("evaluation"),
         operation=spec.get("operation"),
         sources=spec.get("sources", []),
         resources=spec["resources"],
@@ -592,14 +700,30 @@ def _hyperparameters(spec: dict[str, Any]) -> JobHyperparameters:
     training = spec.get("training")
     if training is None:  # an operation trains nothing
         return JobHyperparameters(n_epochs=0, batch_size=0, learning_rate_multiplier=0, learning_rate=0)
-    method = requests.methods_by_kind().get(spec["method"]["kind"])
-    rate = training["learning_rate"] if method is None else method.learning_rate
+    rate = _own_rate(spec) or training["learning_rate"]
     return JobHyperparameters(
         n_epochs=training["n_epochs"],
         batch_size=training["batch_size"],
         learning_rate_multiplier=float(f"{training['learning_rate'] / rate:.6g}"),
         learning_rate=training["learning_rate"],
     )
+
+
+def _own_rate(spec: dict[str, Any]) -> float | None:
+    """The default learning rate of a job's method and objective; None: another version of this service knew
+    them, and this one does not."""
+    try:
+        read = FineTuneSpec.model_validate({**spec, "data": {"training": spec["data"]["training"]}})
+    except ValidationError:
+        return None
+    return requests.own_rate(read.method, read.objective)
+
+
+def _method_told(spec: dict[str, Any], hyperparameters: JobHyperparameters) -> dict[str, Any]:
+    numbers = hyperparameters.model_dump()
+    if "objective" not in spec:  # an operation trains nothing
+        return {"type": "supervised", "supervised": {"hyperparameters": numbers}}
+    return objectives.told(spec, numbers)
 
 
 def _estimated_finish(row: JobRow) -> int | None:

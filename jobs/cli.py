@@ -192,13 +192,31 @@ def files(ctx: typer.Context, as_json: Json = False) -> None:
 
 @files_app.command("upload")
 def files_upload(
-    path: Annotated[Path, typer.Argument(help="A JSONL file.")],
+    path: Annotated[
+        Path, typer.Argument(help="JSONL, JSON, CSV, TSV, Parquet, Arrow or text, also .gz, .zst.")
+    ],
     purpose: Annotated[str, typer.Option()] = "fine-tune",
     as_json: Json = False,
 ) -> None:
     """Upload a file; every bad line is reported."""
     with _client() as client:
         file = client.upload(path, purpose)
+    if as_json:
+        _json(file.model_dump())
+    else:
+        print(file.id)
+
+
+@files_app.command("import")
+def files_import(
+    uri: Annotated[
+        str, typer.Argument(help="s3://bucket/prefix-or-glob, file:///…, hf://datasets/org/name or https://…")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Bring a data set from where it lies; the same data is brought once, and checked like an upload."""
+    with _client() as client:
+        file = client.import_file(uri)
     if as_json:
         _json(file.model_dump())
     else:
@@ -254,6 +272,9 @@ def models(
     methods: Annotated[
         bool, typer.Option("--methods", help="The fine-tuning methods and their fields.")
     ] = False,
+    objectives: Annotated[
+        bool, typer.Option("--objectives", help="What a job can minimise, and the data each needs.")
+    ] = False,
     register: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="ID URI", help="Register a base of your own: file://, s3:// or hf://."),
@@ -267,6 +288,8 @@ def models(
             client.register_base(*register)
         if methods:
             found: list[Any] = list(client.methods())
+        elif objectives:
+            found = list(client.objectives())
         elif bases:
             found = list(client.base_models())
         else:
@@ -288,6 +311,14 @@ def models(
                 for item in by_family
             ],
         )
+    elif objectives:
+        _table(
+            ("objective", "names", "formats", "what", "better is"),
+            [
+                (item.kind, ", ".join(item.names), ", ".join(item.formats), item.summary, item.measure)
+                for item in found
+            ],
+        )
     elif bases:
         rows = [(item.id, f"{item.parameters:,}", item.context_length, item.uri) for item in found]
         _table(("id", "parameters", "context", "uri"), rows)
@@ -298,15 +329,22 @@ def models(
 # ------------------------------------------------------------------------------------------------------ jobs
 
 File = Annotated[
-    str, typer.Argument(metavar="FILE", help="A JSONL file, or the id of an uploaded one: file-…")
+    str,
+    typer.Argument(
+        metavar="FILE", help="A data file, the id of an uploaded one (file-…), or s3://, hf://, …"
+    ),
 ]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", "-m", help="A base (`peft-service models`), or its file://, s3:// or hf:// URI."),
 ]
-Validation = Annotated[str | None, typer.Option(help="Held-out JSONL file, or the id of an uploaded one.")]
+Validation = Annotated[str | None, typer.Option(help="Held-out file, as FILE is given.")]
 Name = Annotated[str | None, typer.Option(help="The adapter's name in the catalog; its versions count up.")]
 Method = Annotated[str | None, typer.Option(help="lora, qlora, … (`peft-service models --methods`).")]
+Objective = Annotated[
+    str | None,
+    typer.Option(help="supervised, dpo, kto, … (`peft-service models --objectives`). Default: by the file."),
+]
 Rank = Annotated[int | None, typer.Option(help="Of the method.")]
 Alpha = Annotated[float | None, typer.Option(help="Of the method.")]
 Quantize = Annotated[str | None, typer.Option(help="nf4 holds the base in 4 bits.")]
@@ -323,6 +361,15 @@ Workers = Annotated[int | None, typer.Option(help="Default: the plan chooses.")]
 GpusPerWorker = Annotated[float | None, typer.Option(help="0 trains on the CPU.")]
 Seed = Annotated[int | None, typer.Option()]
 Priority = Annotated[int | None, typer.Option(help="Higher goes first.")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=COLUMN", help="Where a key of the rows comes from: prompt=question. Repeat it."
+    ),
+]
+Template = Annotated[
+    str | None, typer.Option(help="A chat template by its name, or a Jinja file. Default: the tokenizer's.")
+]
 Metadata = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")]
 Set = Annotated[
     list[str] | None,
@@ -344,6 +391,9 @@ def plan(
     validation: Validation = None,
     name: Name = None,
     method: Method = None,
+    objective: Objective = None,
+    column: Column = None,
+    template: Template = None,
     rank: Rank = None,
     alpha: Alpha = None,
     quantize: Quantize = None,
@@ -386,12 +436,55 @@ def plan(
 
 
 @app.command()
+def preview(
+    file: File,
+    model: ModelName = None,
+    line: Annotated[
+        list[int] | None, typer.Option(help="A line to look at. May be repeated; without it, --rows.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="How many rows from the beginning.")] = 3,
+    statistics: Annotated[
+        bool, typer.Option(help="Also tokenise all rows, and show what they amount to.")
+    ] = True,
+    objective: Objective = None,
+    column: Column = None,
+    template: Template = None,
+    max_seq_len: MaxSeqLen = None,
+    set_: Set = None,
+    request: Request = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page for a browser here instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rows as training sees them: the text, the tokens, and in green what is learned. Nothing is started."""
+    given = dict.fromkeys((*PLACES, "metadata", "validation")) | dict(locals())
+    with _client() as client:
+        body = _body(client, given)
+        body["preview"] = {"rows": line or rows, "statistics": statistics}
+        if html is not None:
+            html.write_text(client.preview_page(body), encoding="utf-8")
+            print(html)
+            return
+        found = client.preview(body)
+    if as_json:
+        _json(found.model_dump())
+        return
+    from jobs.preview import show
+
+    show(found.model_dump(), _console())
+    for warning in found.warnings:
+        _note(f"warning: {warning}")
+
+
+@app.command()
 def submit(
     file: File,
     model: ModelName = None,
     validation: Validation = None,
     name: Name = None,
     method: Method = None,
+    objective: Objective = None,
+    column: Column = None,
+    template: Template = None,
     rank: Rank = None,
     alpha: Alpha = None,
     quantize: Quantize = None,
@@ -718,6 +811,7 @@ def _database() -> Any:
 PLACES = {
     "name": "name",
     "method": "adapter.kind",
+    "objective": "method.type",
     "rank": "adapter.rank",
     "alpha": "adapter.alpha",
     "quantize": "base.quantize",
@@ -745,6 +839,12 @@ def _body(client: "Client", given: dict[str, Any]) -> dict[str, Any]:
             _put(body, path, int(value) if isinstance(value, float) and value.is_integer() else value)
     for path, text in _pairs(given["set_"], "--set").items():
         _put(body, path, _value(text))
+    for key, column in _pairs(given["column"], "--column").items():
+        value = _value(column) if column.lstrip().startswith("{") else column
+        body.setdefault("data", {}).setdefault("columns", {})[key] = value
+    if given["template"] is not None:
+        file = Path(given["template"])
+        _put(body, "data.template", {"jinja": file.read_text()} if file.is_file() else {"name": str(file)})
     metadata = _pairs(given["metadata"], "--metadata")
     if metadata:
         body["metadata"] = {**body.get("metadata", {}), **metadata}
@@ -757,12 +857,13 @@ def _body(client: "Client", given: dict[str, Any]) -> dict[str, Any]:
     paths = {"training_file": given["file"], "validation_file": given["validation"]}
     for key, file in paths.items():
         if file is not None:
-            body[key] = file if _is_id(file) else client.upload(Path(file)).id
+            body[key] = file if _is_known(file) else client.upload(Path(file)).id
     return body
 
 
-def _is_id(file: str) -> bool:
-    return file.startswith("file-") and not Path(file).exists()
+def _is_known(file: str) -> bool:
+    """Whether the service finds it by this name: an id, or a URI."""
+    return "://" in file or (file.startswith("file-") and not Path(file).exists())
 
 
 def _read_request(path: Path | None) -> dict[str, Any]:

@@ -42,6 +42,8 @@ PART_BYTES = 64 << 20
 """Files larger than four of these go up in parts: a lost connection then costs one part."""
 ANSWER_SECONDS = 600
 """An upload is checked line by line before it is answered."""
+IMPORT_SECONDS = 7200
+"""The service answers when it has brought all of a data set."""
 
 
 class Unreachable(PeftServiceError):
@@ -90,6 +92,8 @@ class Job(Answer):
     progress: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
+    method: dict[str, Any] | None = None
+    objective: dict[str, Any] | None = None
     attempt: int | None = None
     priority: int | None = None
 
@@ -147,6 +151,18 @@ class MethodInfo(Answer):
     capabilities: dict[str, Any] = {}
 
 
+class ObjectiveInfo(Answer):
+    """What a job can minimise; `defaults` and `schema` of its values are among what the service adds."""
+
+    kind: str
+    names: list[str] = []
+    summary: str = ""
+    formula: str = ""
+    paper: str = ""
+    measure: str = ""
+    formats: list[str] = []
+
+
 class OperationInfo(Answer):
     """Something that can be done to adapters; its `schema` is among what the service adds."""
 
@@ -187,7 +203,19 @@ class Preflight(Answer):
     plan: dict[str, Any] | None = None
     """None: the cluster has not reported its nodes yet."""
     arithmetic: list[str] = []
+    objective: dict[str, Any] = {}
+    rows: int | None = None
+    steps: int | None = None
     reasons: dict[str, str] = {}
+    warnings: list[str] = []
+
+
+class Preview(Answer):
+    """Rows as a job would train on them."""
+
+    rows: list[dict[str, Any]]
+    """Each with its line, what happened to it, its problems, and its sequences of tokens."""
+    statistics: dict[str, Any] | None = None
     warnings: list[str] = []
 
 
@@ -292,6 +320,15 @@ class Client:
         done = self._json("POST", f"uploads/{upload['id']}/complete", {"part_ids": parts})
         return File.model_validate(done["file"])
 
+    def import_file(self, uri: str) -> File:
+        """Have the service bring a data set from `s3://`, `file://`, `hf://datasets/…` or `https://`."""
+
+        def request() -> httpx.Request:
+            timeout = httpx.Timeout(30, read=IMPORT_SECONDS)
+            return self._http.build_request("POST", "files/import", json={"uri": uri}, timeout=timeout)
+
+        return File.model_validate(_object(self._send(request)))
+
     def files(self, purpose: str | None = None) -> Iterator[File]:
         """Newest first."""
         return self._pages(File, "files", {"purpose": purpose})
@@ -312,6 +349,20 @@ class Client:
     def preflight(self, body: Mapping[str, Any]) -> Preflight:
         """The plan for this job and its arithmetic; nothing is started."""
         return Preflight.model_validate(self._json("POST", "preflight", dict(body)))
+
+    def preview(self, body: Mapping[str, Any]) -> Preview:
+        """Rows as this job would train on them; `body["preview"]` says which. Nothing is started."""
+        return Preview.model_validate(self._json("POST", "preview", dict(body)))
+
+    def preview_page(self, body: Mapping[str, Any]) -> str:
+        """`preview` as a page of HTML."""
+
+        def request() -> httpx.Request:
+            return self._http.build_request(
+                "POST", "preview", json=dict(body), headers={"accept": "text/html"}
+            )
+
+        return self._send(request).text
 
     def submit(self, body: Mapping[str, Any]) -> Job:
         """Create a job; `body` is that of `POST /v1/fine_tuning/jobs`."""
@@ -400,6 +451,9 @@ class Client:
 
     def methods(self) -> Iterator[MethodInfo]:
         return self._pages(MethodInfo, "methods", {})
+
+    def objectives(self) -> Iterator[ObjectiveInfo]:
+        return self._pages(ObjectiveInfo, "objectives", {})
 
     def operations(self) -> Iterator[OperationInfo]:
         return self._pages(OperationInfo, "operations", {})

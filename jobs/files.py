@@ -13,7 +13,21 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    String,
+    and_,
+    cast,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from jobs.db import TERMINAL, Source, in_order, jobs, reading, upload_parts, uploads, writing
 from jobs.db import files as files_table
@@ -26,6 +40,7 @@ from peft_service.errors import (
     ObjectNotFound,
     TooLarge,
 )
+from peft_service.run import tokenised_key
 from peft_service.spec import DataFile, DataPart
 from peft_service.store import Store
 from peft_service.validate import Report, validate
@@ -132,12 +147,14 @@ def check_expiry(anchor: str | None, seconds: int | None) -> float | None:
     return float(seconds)
 
 
-def check_training_file(path: Path, filename: str) -> Report:
-    """
+def check_training_file(parts: Sequence[tuple[str, Path]], filename: str) -> Report:
+    """What is in a data set of these files, (name, path) each. One of no known format is good too: a job says
+    which of its columns mean what.
+
     Raises:
         InvalidTrainingFile: its lines cannot be trained on; every one with line, path, reason and hint.
     """
-    report = validate(path)
+    report = validate(parts)
     error = report.error()
     if error is None:
         return report
@@ -146,6 +163,17 @@ def check_training_file(path: Path, filename: str) -> Report:
         param=error.param,
         details={**error.details, "statistics": report.statistics},
     )
+
+
+def report_of(report: Report) -> dict[str, Any]:
+    """What is kept of a report, in the row of its file."""
+    return {
+        "statistics": report.statistics,
+        "warnings": [str(found) for found in report.warnings],
+        "container": report.container,
+        "columns": report.columns_seen,
+        "mapping": next((found.hint for found in report.warnings if found.code == "unknown_format"), None),
+    }
 
 
 def add(
@@ -166,7 +194,7 @@ def add(
     Raises:
         InvalidTrainingFile: purpose `fine-tune` and a line that cannot be trained on. Nothing is stored.
     """
-    report = check_training_file(path, filename) if purpose == "fine-tune" else None
+    report = check_training_file([(filename, path)], filename) if purpose == "fine-tune" else None
     sweep(source, store, project)
     file = new_id("file-")
     key = f"{project}/files/{file}"
@@ -189,11 +217,7 @@ def add(
                     status="processed",
                     format=report and report.format,
                     rows=report and report.rows,
-                    report=report
-                    and {
-                        "statistics": report.statistics,
-                        "warnings": [str(found) for found in report.warnings],
-                    },
+                    report=report and report_of(report),
                 )
             )
             also(conn, file)
@@ -262,11 +286,11 @@ def remove(source: Source, store: Store, project: str, file: str) -> None:
                 param="file_id",
             )
         conn.execute(update(files_table).where(files_table.c.id == file).values(deleted_at=time.time()))
-    _forget_bytes(store, row)
+    _forget(source, store, row)
 
 
-def training_file(source: Source, project: str, file: str, param: str) -> DataFile:
-    """The file as a spec names it.
+def training_row(source: Source, project: str, file: str, param: str) -> FileRow:
+    """A file that a job may read.
 
     Raises:
         NotFound, InvalidRequest: it is not there, or not for fine-tuning; `param` is the key of the request.
@@ -291,7 +315,7 @@ def training_file(source: Source, project: str, file: str, param: str) -> DataFi
             code="invalid_training_file",
             param=param,
         )
-    return row.data
+    return row
 
 
 def sweep(source: Source, store: Store, project: str) -> None:
@@ -327,7 +351,7 @@ def sweep(source: Source, store: Store, project: str) -> None:
                 .values(deleted_at=now)
             )
         if gone.rowcount:
-            _forget_bytes(store, FileRow(**row._mapping))
+            _forget(source, store, FileRow(**row._mapping))
     for (upload,) in abandoned:
         if _end_upload(source, upload, "expired"):
             _forget_parts(source, store, project, upload)
@@ -343,18 +367,37 @@ def _visible(project: str) -> ColumnElement[bool]:
 
 def _uses(file: Any) -> ColumnElement[bool]:
     """Whether a job, not yet ended, needs this file."""
-    data = jobs.c.spec["data"]
-    return and_(
-        jobs.c.state.not_in(TERMINAL),
-        or_(data["training"]["id"].as_string() == file, data["validation"]["id"].as_string() == file),
-    )
+    # A spec names its files in several places, and an id is nothing else anywhere.
+    return and_(jobs.c.state.not_in(TERMINAL), cast(jobs.c.spec["data"], String).contains(file))
 
 
-def _forget_bytes(store: Store, row: FileRow) -> None:
+def readings_prefix(row: FileRow) -> str:
+    """Where `jobs.readings` keeps what it has found out about a file."""
+    return f"{row.project_id}/files/{row.id}.reading-"
+
+
+def _forget(source: Source, store: Store, row: FileRow) -> None:
+    """Remove the bytes of a file whose row is deleted, and all that was made of them."""
     for key in [part.key for part in row.parts] or [row.key]:
         # A result file may name an object of a run or an adapter.
         if key.startswith(f"{row.project_id}/files/"):
             store.delete(key)
+    prefixes = [readings_prefix(row)]
+    with reading(source) as conn:
+        alike = conn.scalar(
+            select(func.count())
+            .select_from(files_table)
+            .where(
+                files_table.c.project_id == row.project_id,
+                files_table.c.sha256 == row.sha256,
+                files_table.c.deleted_at.is_(None),
+            )
+        )
+    if not alike:
+        prefixes.append(tokenised_key(row.project_id, row.sha256))
+    for prefix in prefixes:
+        for info in list(store.list(prefix)):
+            store.delete(info.key)
 
 
 # ------------------------------------------------------------------------------------------------- uploads

@@ -1,24 +1,38 @@
 """From the body of `POST /fine_tuning/jobs` to a FineTuneSpec with every "auto" resolved.
 
-Four dialects arrive here: OpenAI's `method.supervised.hyperparameters`, its older top-level
-`hyperparameters`, the flat keys that some hosts put in there (`lora_r`, `learning_rate`, …), and our own
-`adapter`, `base`, `training`, `data`, `resources`. They are one request: a value given twice must be the same
-value.
+Four dialects arrive here: OpenAI's `method.<type>.hyperparameters`, its older top-level `hyperparameters`,
+the flat keys that some hosts put in there (`lora_r`, `learning_rate`, …), and our own `adapter`, `base`,
+`training`, `data`, `evaluation`, `resources`. They are one request: a value given twice must be the same
+value. What `method` may say is in objectives.py.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, field_validator
+from pydantic import BaseModel, Field, GetJsonSchemaHandler, WithJsonSchema, create_model, field_validator
 
+from jobs import objectives
 from jobs.body import check, unknown_key
 from jobs.db import PRIORITY_HIGHEST, PRIORITY_LOWEST, PRIORITY_NORMAL
-from peft_service import methods
+from jobs.hyperparameters import (
+    AUTO_FIELDS,
+    FLAT_ADAPTER,
+    Hyperparameters,
+    TrainingRequest,
+    constrained,
+    optional,
+)
+from jobs.objectives import Asked, MethodSchema
+from peft_service import methods, packing, templates
+from peft_service.columns import Columns, steps_of
+from peft_service.columns import Source as ColumnSource
 from peft_service.errors import InvalidRequest
+from peft_service.formats.conversation import check_tools, template_tools
+from peft_service.graders import AnyGrader
 from peft_service.methods import METHODS, Method
-from peft_service.objectives import OBJECTIVES, Objective
+from peft_service.objectives import Objective
 from peft_service.operations import OPERATIONS
 from peft_service.spec import (
     NAME_PATTERN,
@@ -26,15 +40,15 @@ from peft_service.spec import (
     Data,
     DataFile,
     FineTuneSpec,
+    Generation,
     Resources,
     Source,
+    Template,
     Training,
     case_of,
 )
-from peft_service.tasks import tasks_of
 from peft_service.variants import Frozen, kind_of
 
-AUTO_FIELDS = ("n_epochs", "batch_size", "learning_rate", "max_seq_len")
 ALIASES = {
     "r": "rank",
     "lora_r": "rank",
@@ -46,17 +60,16 @@ ALIASES = {
 """Names that PEFT and others give to the fields of a method."""
 MAX_SEQ_LEN = 2048
 LEAST_SEQ_LEN = 8
-UNSUPPORTED_METHODS = ("dpo", "reinforcement")
 
 
 def methods_by_kind() -> dict[str, type[Method]]:
     return {kind_of(method): cast("type[Method]", method) for method in METHODS}
 
 
-def defaults_of(method: type[Method]) -> dict[str, Any]:
-    """The values of a method's fields that a request leaves out; a field that it must give is not there."""
+def defaults_of(variant: type[Method] | type[Objective]) -> dict[str, Any]:
+    """The values of the fields that a request leaves out; a field that it must give is not there."""
     found = {}
-    for name, info in method.model_fields.items():
+    for name, info in variant.model_fields.items():
         if not info.is_required():
             value = info.get_default(call_default_factory=True)
             found[name] = list(value) if isinstance(value, tuple) else value
@@ -84,103 +97,20 @@ def known_names() -> list[str]:
     ]
 
 
-def objective_for(file: DataFile, shape: Any) -> Objective:
-    """What a file of this format teaches on such a base.
-
-    Raises:
-        InvalidRequest: the base cannot do it; says what it can.
-    """
-    objectives: list[Objective] = [cast("Objective", variant.model_validate({})) for variant in OBJECTIVES]
-    objective = next(objective for objective in objectives if file.format in objective.default_for)
-    task = objective.task(shape.architecture)
-    if task not in tasks_of(shape.architecture):
-        able = [
-            name
-            for other in objectives
-            for name in other.formats
-            if other.task(shape.architecture) in tasks_of(shape.architecture)
-        ]
-        words = shape.architecture.replace("_", "-")
-        raise InvalidRequest(
-            f"the file {file.id} is of the format {file.format}, which teaches {task.replace('_', ' ')}, but "
-            f"the base is an {words} model ({shape.model_type}); such a base learns from: {', '.join(able)}",
-            code="base_not_applicable",
-            param="model",
-        )
-    if len(file.labels) < 2 and task in ("sequence_classification", "token_classification"):
-        raise InvalidRequest(
-            f"the file {file.id} has {len(file.labels)} label: a classification needs two at least",
-            param="training_file",
-        )
-    return objective
-
-
 def _adapter_schema() -> dict[str, Any]:
     """JSON schema of `adapter`: any method, with other keys beside its own because there are aliases."""
     schemas = [method.model_json_schema() | {"additionalProperties": True} for method in METHODS]
     return {"anyOf": [*schemas, {"type": "null"}], "default": None}
 
 
-def _constrained(name: str) -> Any:
-    """The type and limits that `Training` has for this field, so that they are written once."""
-    info = Training.model_fields[name]
-    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
-    return _or_auto(kind) if name in AUTO_FIELDS else kind
+class _SchemaOf:
+    """Puts the schema of a model in the place of that of a plain object."""
 
+    def __init__(self, model: type[BaseModel]) -> None:
+        self.model = model
 
-def _or_auto(kind: Any) -> Any:
-    # Azure's clients write -1 for "auto".
-    return Annotated[kind | Literal["auto"], BeforeValidator(lambda value: "auto" if value == -1 else value)]
-
-
-def _optional(name: str) -> Any:
-    return (_constrained(name) | None, Field(None, description=Training.model_fields[name].description))
-
-
-MULTIPLIER: Any = _or_auto(Annotated[float, Field(gt=0, le=10_000)]) | None
-
-TrainingRequest: type[Frozen] = create_model(
-    "TrainingRequest",
-    __base__=Frozen,
-    __doc__="How the parameters move; what is left out, or `auto`, is resolved and reported.",
-    learning_rate_multiplier=(
-        MULTIPLIER,
-        Field(None, description="Scales the method's own default learning rate."),
-    ),
-    **{name: _optional(name) for name in Training.model_fields},
-)
-
-_FLAT_TRAINING = ("learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm")
-_FLAT_ADAPTER = {"lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-
-Hyperparameters: type[Frozen] = create_model(
-    "Hyperparameters",
-    __base__=Frozen,
-    __doc__="OpenAI's three, and the flat names that other hosts of this API take.",
-    learning_rate_multiplier=(
-        MULTIPLIER,
-        Field(None, description="Scales the method's own default learning rate."),
-    ),
-    lora=(bool | None, Field(None, description="True: train a LoRA adapter (the default).")),
-    lora_r=(int | None, Field(None, description="`adapter.rank`")),
-    lora_alpha=(int | None, Field(None, description="`adapter.alpha`")),
-    lora_dropout=(float | None, Field(None, description="`adapter.dropout`")),
-    packing=(bool | None, Field(None, description="Only false: rows are not packed.")),
-    **{name: _optional(name) for name in ("n_epochs", "batch_size", *_FLAT_TRAINING)},
-)
-
-
-class Supervised(Frozen):
-    hyperparameters: Hyperparameters | None = None
-
-
-class MethodRequest(Frozen):
-    """OpenAI's `method`: the objective of the job. Supervised fine-tuning is supported."""
-
-    type: str = "supervised"
-    supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
-    reinforcement: dict[str, Any] | None = None
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(self.model.__pydantic_core_schema__), {"type": "null"}]}
 
 
 class BaseRequest(Frozen):
@@ -193,11 +123,77 @@ class BaseRequest(Frozen):
     """`nf4` holds the frozen weights in 4 bits."""
 
 
+Uri = Annotated[str, Field(min_length=1, max_length=2048)]
+ColumnsRequest = Annotated[dict[str, Any] | None, _SchemaOf(Columns)]
+Documents = Literal["line", "paragraph", "file"]
+
+
+class SourceRequest(Frozen):
+    """One more data set to train on."""
+
+    file: Uri
+    """Id of a file, or a URI as `training_file` takes."""
+    weight: float | None = Field(None, gt=0, le=1e6)
+    """Its share of an epoch; `data.weight` is that of the training file."""
+    limit: int | None = Field(None, ge=1)
+    """Only so many good rows from the beginning."""
+    columns: ColumnsRequest = None
+    """How its columns become the keys of a format."""
+    documents: Documents | None = None
+
+
+class TemplateRequest(Frozen):
+    """A chat template in the place of the tokenizer's own: by its name, or written out."""
+
+    name: str | None = Field(None, min_length=1, max_length=64)
+    jinja: str | None = Field(None, min_length=1, max_length=templates.MAX_CHARACTERS)
+
+
 class DataRequest(Frozen):
-    too_long: Literal["error", "drop", "right", "left"] | None = None
-    """What happens to a row longer than `training.max_seq_len`."""
+    """How the files are read."""
+
+    too_long: Literal["error", "drop", "right", "left", "split"] | None = None
+    """What happens to a row longer than `training.max_seq_len`. Default: documents are split, for all other
+    rows it is an error."""
     task_temperature: float | None = Field(None, gt=0, le=100)
     """Of a multi-task file, draw rows so that a task of n rows has a share of n^(1/T)."""
+    columns: ColumnsRequest = None
+    """How the training file's columns become the keys of a format: `{"prompt": "question", …}`."""
+    validation_columns: ColumnsRequest = None
+    """The same of the validation file. Default: `columns`."""
+    documents: Documents | None = None
+    """What is one document in a plain text file. Default: a line."""
+    limit: int | None = Field(None, ge=1)
+    """Only so many good rows from the beginning of the training file."""
+    weight: float | None = Field(None, gt=0, le=1e6)
+    """The training file's share of an epoch, beside those of `sources`. Default: every row of all once."""
+    sources: list[SourceRequest] | None = Field(None, max_length=100)
+    """Data sets to train on together with the training file."""
+    forgetting_file: Uri | None = None
+    """Rows of what the base can do already: their loss is measured before and after training."""
+    template: TemplateRequest | None = None
+    """Default: the tokenizer's own."""
+    train_on: Literal["assistant", "last_assistant", "all"] | None = None
+    """What is learned: every assistant message (default), only a row's last one, or all tokens."""
+    eos: Literal["turn", "last", "all"] | None = None
+    """Which end tokens are learned: after every trained turn (default), only the last one's, or all."""
+    turns: Literal["together", "apart"] | None = None
+    """`apart` makes a row of each trained turn."""
+    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
+    """Tools for rows of messages that bring none of their own."""
+
+
+EvaluationRequest: type[Frozen] = create_model(
+    "EvaluationRequest",
+    __base__=Frozen,
+    __doc__="Answers that the model writes to prompts of the validation file while it trains, graded.",
+    grader=optional(AnyGrader, "Who scores an answer. Default, of reinforcement: the grader of `method`."),
+    **{
+        name: optional(constrained(info), info.description)
+        for name, info in Generation.model_fields.items()
+        if name != "grader"
+    },
+)
 
 
 Metadata = Annotated[
@@ -211,14 +207,16 @@ class CreateJob(Frozen):
 
     model: str = Field(min_length=1, max_length=2048)
     """A registered base (`GET /v1/base_models`), or a `file://`, `s3://` or `hf://org/name@revision` URI."""
-    training_file: str = Field(min_length=1, max_length=128)
-    """Id of an uploaded file with purpose `fine-tune`."""
-    validation_file: str | None = Field(None, min_length=1, max_length=128)
+    training_file: Uri
+    """Id of an uploaded file with purpose `fine-tune`, or where one is: `s3://bucket/prefix`, `file:///path`,
+    `hf://datasets/org/name`, `https://host/path`, as far as the operator allows."""
+    validation_file: Uri | None = None
     suffix: str | None = Field(None, pattern=NAME_PATTERN)
     """Part of the fine-tuned model's name: letters, digits, `.`, `_` and `-`, at most 64."""
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
     """Default 0: the same request gives the same adapter."""
-    method: MethodRequest | None = None
+    method: Annotated[dict[str, Any] | None, MethodSchema()] = None
+    """The objective; `GET /v1/objectives` lists all. Default: the one that the format of the file means."""
     hyperparameters: Hyperparameters | None = None
     integrations: list[Any] | None = None
     metadata: Metadata | None = None
@@ -230,6 +228,7 @@ class CreateJob(Frozen):
     base: BaseRequest | None = None
     training: TrainingRequest | None = None
     data: DataRequest | None = None
+    evaluation: EvaluationRequest | None = None
     resources: Resources | None = None
     priority: int = Field(PRIORITY_NORMAL, ge=PRIORITY_LOWEST, le=PRIORITY_HIGHEST)
     """Higher goes first; jobs of one priority go in order of arrival."""
@@ -243,16 +242,55 @@ class CreateJob(Frozen):
 
 
 @dataclass(frozen=True)
+class DataSet:
+    """A data set that the request names, and how it is to be read."""
+
+    file: str
+    """Id or URI."""
+    param: str
+    """Path of the key that names it."""
+    columns: Columns | None = None
+    columns_param: str = "data.columns"
+    documents: Documents | None = None
+    documents_param: str = "data.documents"
+    limit: int | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
 class Wanted:
     """A request in one dialect, checked by itself; what it needs from the database is not yet known."""
 
     body: CreateJob
     method: Method
     quantize: Literal["nf4"] | None
+    objective: Asked
     training: dict[str, Any]
     """Values for fields of `Training`, without "auto"; and `learning_rate_multiplier`, if given."""
+    evaluation: dict[str, Any]
+    """Values for fields of `Generation`."""
+    sources: tuple[DataSet, ...]
+    """All that is trained on; the training file is the first."""
+    validation: DataSet | None
+    forgetting: DataSet | None
+    template: Template | None
     written: Mapping[str, str]
     """Canonical path of a value -> the path under which the user wrote it."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The data sets of a request, found and read."""
+
+    training: DataFile
+    mixture: tuple[DataFile, ...] = ()
+    validation: DataFile | None = None
+    forgetting: DataFile | None = None
+
+    @property
+    def sources(self) -> tuple[DataFile, ...]:
+        """All that is trained on."""
+        return (self.training, *self.mixture)
 
 
 @dataclass(frozen=True)
@@ -278,20 +316,164 @@ def read(raw: Mapping[str, Any]) -> Wanted:
     """
     body = check(CreateJob, raw)
     _refuse_unsupported(body)
+    asked = objectives.asked(body.method)
     values = _Merged()
-    for where, part in _parts(body):
-        values.take(where, part.model_dump(exclude_unset=True))
+    for where, part in (
+        ("training", _given(body.training)),
+        (f"{asked.where}.hyperparameters", asked.numbers),
+        ("hyperparameters", _given(body.hyperparameters)),
+    ):
+        values.take(where, part)
+    for name, value in _given(body.evaluation).items():
+        values.put(f"evaluation.{name}", value, f"evaluation.{name}")
     method, quantize = _method_of(body, values)
     training = values.under("training")
     if training.get("learning_rate") is not None and training.get("learning_rate_multiplier") is not None:
         raise InvalidRequest(
             f"{values.written['training.learning_rate']} and "
             f"{values.written['training.learning_rate_multiplier']} are both given: give the rate, or "
-            "a multiple of the method's default, not both",
+            "a multiple of the default, not both",
             code="conflicting_parameters",
             param=values.written["training.learning_rate_multiplier"],
         )
-    return Wanted(body, method, quantize, training, values.written)
+    data = body.data or DataRequest()
+    _check_weights(data)
+    return Wanted(
+        body=body,
+        method=method,
+        quantize=quantize,
+        objective=asked,
+        training=training,
+        evaluation=values.under("evaluation"),
+        sources=_sources_of(body, data),
+        validation=_validation_of(body, data),
+        forgetting=_forgetting_of(data),
+        template=_template_of(data.template),
+        written=values.written,
+    )
+
+
+def _given(part: Frozen | None) -> dict[str, Any]:
+    """What a part of the request says; graders stay what they are."""
+    if part is None:
+        return {}
+    return {name: value for name in part.model_fields_set if (value := getattr(part, name)) is not None}
+
+
+def _sources_of(body: CreateJob, data: DataRequest) -> tuple[DataSet, ...]:
+    training = DataSet(
+        body.training_file,
+        "training_file",
+        _columns_of(data.columns, "data.columns"),
+        documents=data.documents,
+        limit=data.limit,
+        weight=data.weight,
+    )
+    others = (
+        DataSet(
+            source.file,
+            f"data.sources[{number}].file",
+            _columns_of(source.columns, f"data.sources[{number}].columns"),
+            f"data.sources[{number}].columns",
+            source.documents,
+            f"data.sources[{number}].documents",
+            source.limit,
+            source.weight,
+        )
+        for number, source in enumerate(data.sources or ())
+    )
+    return (training, *others)
+
+
+def _validation_of(body: CreateJob, data: DataRequest) -> DataSet | None:
+    if body.validation_file is None:
+        if data.validation_columns is not None:
+            raise InvalidRequest(
+                "data.validation_columns is given, but no validation_file", param="data.validation_columns"
+            )
+        return None
+    own = data.validation_columns is not None
+    where = "data.validation_columns" if own else "data.columns"
+    columns = _columns_of(data.validation_columns if own else data.columns, where)
+    return DataSet(body.validation_file, "validation_file", columns, where, data.documents)
+
+
+def _forgetting_of(data: DataRequest) -> DataSet | None:
+    if data.forgetting_file is None:
+        return None
+    return DataSet(data.forgetting_file, "data.forgetting_file")
+
+
+def _check_weights(data: DataRequest) -> None:
+    """
+    Raises:
+        InvalidRequest: some sources have a weight and others have none.
+    """
+    weights = {
+        "data.weight": data.weight,
+        **{f"data.sources[{n}].weight": source.weight for n, source in enumerate(data.sources or ())},
+    }
+    missing = [path for path, weight in weights.items() if weight is None]
+    if len(weights) == 1 and not missing:
+        raise InvalidRequest(
+            "data.weight is the training file's share beside data.sources, and there are none",
+            param="data.weight",
+        )
+    if 0 < len(missing) < len(weights):
+        raise InvalidRequest(
+            f"{missing[0]} is missing: give every source a weight (the training file: data.weight), or none",
+            param=missing[0],
+        )
+
+
+_COLUMN_SOURCES: dict[str, type[Frozen]] = {
+    (info.alias or name): kind
+    for kind in get_args(ColumnSource)
+    if isinstance(kind, type) and issubclass(kind, Frozen)
+    for name, info in list(kind.model_fields.items())[:1]
+}
+"""By the key that tells them apart, which is their first."""
+
+
+def _columns_of(raw: Mapping[str, Any] | None, where: str) -> Columns | None:
+    """
+    Raises:
+        InvalidRequest: it is none; `param` is the key of the format whose source is wrong.
+    """
+    if raw is None:
+        return None
+    for key, source in raw.items():
+        path = f"{where}.{key}"
+        if isinstance(source, str):
+            try:
+                steps_of(source)
+            except ValueError as error:
+                words = str(error).partition(": ")[2]
+                raise InvalidRequest(f"{path}: {words}", code="bad_column_path", param=path) from None
+        elif isinstance(source, dict):
+            known = next((kind for name, kind in _COLUMN_SOURCES.items() if name in source), None)
+            if known is None:
+                raise InvalidRequest(
+                    f"{path} must be a path into a row, or an object with one of the keys "
+                    f"{', '.join(_COLUMN_SOURCES)}",
+                    code="bad_column_path",
+                    param=path,
+                )
+            check(known, source, path)
+        else:
+            raise InvalidRequest(f"{path} must be a path into a row", code="bad_column_path", param=path)
+    return check(Columns, raw, where)
+
+
+def _template_of(wanted: TemplateRequest | None) -> Template | None:
+    if wanted is None:
+        return None
+    if (wanted.name is None) == (wanted.jinja is None):
+        raise InvalidRequest(
+            "data.template: give the name of a template, or one written out as jinja, and not both",
+            param="data.template",
+        )
+    return templates.named(wanted.name) if wanted.name is not None else templates.inline(str(wanted.jinja))
 
 
 def _refuse_unsupported(body: CreateJob) -> None:
@@ -307,30 +489,15 @@ def _refuse_unsupported(body: CreateJob) -> None:
             code="unsupported_parameter",
             param="integrations",
         )
-    method = body.method
-    if method is None:
-        return
-    if method.type != "supervised":
+    tools = list(check_tools(body.data.tools, "data.tools")) if body.data and body.data.tools else []
+    if tools:
         raise InvalidRequest(
-            f"method.type {method.type!r} is not supported; supported is: supervised",
-            code="method_not_supported",
-            param="method.type",
+            "; ".join(str(problem) for problem in tools[:5]), code=tools[0].code, param=tools[0].path
         )
-    for name in UNSUPPORTED_METHODS:
-        if getattr(method, name) is not None:
-            raise InvalidRequest(
-                f"method.{name} is given but method.type is 'supervised'",
-                code="method_not_supported",
-                param=f"method.{name}",
-            )
 
 
-def _parts(body: CreateJob) -> list[tuple[str, Frozen]]:
-    parts: list[tuple[str, Frozen | None]] = [("training", body.training)]
-    if body.method is not None and body.method.supervised is not None:
-        parts.append(("method.supervised.hyperparameters", body.method.supervised.hyperparameters))
-    parts.append(("hyperparameters", body.hyperparameters))
-    return [(where, part) for where, part in parts if part is not None]
+_OPENAI_PLACES = {"eval_interval": "training.eval_steps", "eval_samples": "evaluation.rows"}
+_MAY_BE_AUTO = (*AUTO_FIELDS, "learning_rate_multiplier", *_OPENAI_PLACES)
 
 
 class _Merged:
@@ -342,16 +509,9 @@ class _Merged:
 
     def take(self, where: str, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
-            if value is None or (value == "auto" and name in (*AUTO_FIELDS, "learning_rate_multiplier")):
+            if value is None or (value == "auto" and name in _MAY_BE_AUTO):
                 continue
-            if name == "packing":
-                if value:
-                    raise InvalidRequest(
-                        f"{where}.packing: rows are not packed in this version; give false or leave it out",
-                        code="unsupported_parameter",
-                        param=f"{where}.packing",
-                    )
-            elif name == "lora":
+            if name == "lora":
                 if not value:
                     raise InvalidRequest(
                         f"{where}.lora is false, but this service trains adapters only; leave it out",
@@ -359,8 +519,10 @@ class _Merged:
                         param=f"{where}.lora",
                     )
                 self.put("adapter.kind", "lora", f"{where}.{name}")
-            elif name in _FLAT_ADAPTER:
-                self.put(f"adapter.{_FLAT_ADAPTER[name]}", value, f"{where}.{name}")
+            elif name in FLAT_ADAPTER:
+                self.put(f"adapter.{FLAT_ADAPTER[name]}", value, f"{where}.{name}")
+            elif name in _OPENAI_PLACES:
+                self.put(_OPENAI_PLACES[name], value, f"{where}.{name}")
             else:
                 self.put(f"training.{name}", value, f"{where}.{name}")
 
@@ -443,37 +605,45 @@ def _method_of(body: CreateJob, values: _Merged) -> tuple[Method, Literal["nf4"]
 
 def resolve(
     wanted: Wanted,
-    training: DataFile,
-    validation: DataFile | None,
+    files: Files,
     known: Known,
     shape: Any,
     sources: tuple[Source, ...] = (),
+    teacher: Base | None = None,
 ) -> Resolved:
     """The spec: every value concrete, and for the chosen ones a reason in words.
 
     Args:
         shape: the base's ModelShape, so that the method can refuse a base it cannot work on.
         sources: the adapters that the method's own `sources` name.
+        teacher: the base that the objective's own `teacher` names.
+
+    Raises:
+        InvalidRequest: parts of the request do not go together; `param` is the key as the user wrote it.
     """
     body, given, written = wanted.body, dict(wanted.training), dict(wanted.written)
-    reasons: dict[str, str] = {}
+    objective = objectives.objective_for(wanted.objective, files.sources, shape)
+    reasons = {
+        name: f"{objective.kind}'s own {getattr(objective, name)}" for name in wanted.objective.automatic
+    }
+    data = _data_of(wanted, objective, files)
     multiplier = given.pop("learning_rate_multiplier", None)
-    rate = wanted.method.rate()
+    rate = own_rate(wanted.method, objective)
     if "n_epochs" not in given:
-        given["n_epochs"] = auto_epochs(training.rows)
-        reasons["n_epochs"] = f"{training.rows} rows: enough epochs for 100 examples, at most 25,000"
+        given["n_epochs"] = auto_epochs(data.rows)
+        reasons["n_epochs"] = f"{data.rows} rows: enough epochs for 100 examples, at most 25,000"
     if "batch_size" not in given:
-        given["batch_size"] = auto_batch_size(training.rows)
+        given["batch_size"] = auto_batch_size(data.rows)
         reasons["batch_size"] = (
-            f"{training.rows} rows: a 64th of them, between 4 and 32, and no more than there are"
+            f"{data.rows} rows: a 64th of them, between 4 and 32, and no more than there are"
         )
     if "learning_rate" not in given:
         given["learning_rate"] = rate * (multiplier or 1.0)
         if multiplier is not None:
             written["training.learning_rate"] = written["training.learning_rate_multiplier"]
-        reasons["learning_rate"] = (
-            f"{kind_of(type(wanted.method))}'s own {rate:g} times {multiplier or 1.0:g}"
-        )
+        scaled = f" times {objective.rate_scale:g} for {objective.kind}" if objective.rate_scale != 1 else ""
+        kind, own = kind_of(type(wanted.method)), wanted.method.rate()
+        reasons["learning_rate"] = f"{kind}'s own {own:g}{scaled} times {multiplier or 1.0:g}"
     context, taken = known.context_length, wanted.method.positions()
     room = MAX_SEQ_LEN if context is None else context - taken
     but = f", of which {kind_of(type(wanted.method))} takes {taken}" if taken else ""
@@ -499,24 +669,134 @@ def resolve(
         )
     name = body.name or body.suffix or default_name(known.base.id, kind_of(type(wanted.method)))
     base = known.base.model_copy(update={"quantize": wanted.quantize, "architecture": shape.architecture})
+    training = check(Training, given, "training", written)
+    _check_selection(training, wanted, files)
     spec = FineTuneSpec(
         name=name,
         base=base,
         method=wanted.method,
-        objective=objective_for(training, shape),
-        data=Data(
-            training=training,
-            validation=validation,
-            too_long=(body.data and body.data.too_long) or "error",
-            task_temperature=body.data and body.data.task_temperature,
-        ),
+        objective=objective,
+        data=data,
         sources=sources,
-        training=check(Training, given, "training", written),
+        training=training,
+        evaluation=_evaluation_of(wanted, objective, files, shape),
+        teacher=teacher,
         resources=body.resources or Resources(),
         seed=body.seed or 0,
     )
     methods.admit(spec.method, shape, case_of(spec, shape))
+    try:
+        packing.admit(spec, shape)
+    except InvalidRequest as error:
+        error.param = written.get(str(error.param), error.param)
+        raise
     return Resolved(spec, reasons)
+
+
+def own_rate(method: Method, objective: Objective) -> float:
+    """The default learning rate of this method for this objective: what the multiplier is a multiple of."""
+    return method.rate() * objective.rate_scale
+
+
+def _data_of(wanted: Wanted, objective: Objective, files: Files) -> Data:
+    """
+    Raises:
+        InvalidRequest: the files do not go together, or not with the objective or the policy for long rows.
+    """
+    asked = wanted.body.data or DataRequest()
+    for source, place in zip(files.sources[1:], wanted.sources[1:], strict=True):
+        objectives.learns(objective, source, place.param)
+    if files.validation is not None:
+        objectives.learns(objective, files.validation, "validation_file")
+    if files.forgetting is not None and files.forgetting.format not in objectives.text_formats():
+        raise InvalidRequest(
+            f"data.forgetting_file: {files.forgetting.id} has {files.forgetting.format} records; what the "
+            f"base can do already is measured on {', '.join(objectives.text_formats())}",
+            code="format_not_applicable",
+            param="data.forgetting_file",
+        )
+    every = [*files.sources, *filter(None, (files.validation, files.forgetting))]
+    odd = [file for file in every if file.format != "text"]
+    if asked.too_long == "split" and odd:
+        raise InvalidRequest(
+            f"data.too_long is 'split', but {odd[0].id} has {odd[0].format} records: only plain text can be "
+            "split without losing what belongs together. Take 'error', 'drop', 'left' or 'right'",
+            code="invalid_value",
+            param="data.too_long",
+        )
+    chosen = {name: getattr(asked, name) for name in ("train_on", "eos", "turns", "task_temperature")}
+    return Data(
+        training=files.training,
+        mixture=files.mixture,
+        validation=files.validation,
+        forgetting=files.forgetting,
+        too_long=asked.too_long or ("error" if odd else "split"),
+        template=wanted.template,
+        tools=template_tools(asked.tools),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+
+
+def _check_selection(training: Training, wanted: Wanted, files: Files) -> None:
+    """
+    Raises:
+        InvalidRequest: an evaluation is to choose or to end something, and there is none.
+    """
+    default = Training.model_fields["select_by"].default
+    asks = [
+        *(["training.early_stopping_patience"] if training.early_stopping_patience is not None else []),
+        *(["training.best_checkpoint"] if training.best_checkpoint else []),
+        *(["training.select_by"] if training.select_by != default else []),
+    ]
+    if asks and files.validation is None:
+        raise InvalidRequest(
+            f"{asks[0]} needs evaluations on rows that are not trained on: give a validation_file",
+            param=asks[0],
+        )
+    if training.select_by == "score" and not _scores(wanted):
+        raise InvalidRequest(
+            "training.select_by is 'score', and nothing scores: give evaluation.grader",
+            param="training.select_by",
+        )
+
+
+def _scores(wanted: Wanted) -> bool:
+    return "grader" in wanted.evaluation or "grader" in wanted.objective.values
+
+
+def _evaluation_of(wanted: Wanted, objective: Objective, files: Files, shape: Any) -> Generation | None:
+    """What is generated and graded on held-out rows: what the request asks for, or for an objective that has
+    a grader of its own, that one on the validation file.
+
+    Raises:
+        InvalidRequest: there is nothing to ask, nobody to grade, or no text as an answer.
+    """
+    given = dict(wanted.evaluation)
+    own = getattr(objective, "grader", None)
+    if not given and (own is None or files.validation is None):
+        return None
+    written = wanted.written.get("evaluation.rows", "evaluation")
+    param = "evaluation" if wanted.body.evaluation is not None else written
+    if files.validation is None:
+        raise InvalidRequest(
+            f"{param} asks the model rows of the validation file: give a validation_file", param=param
+        )
+    if objective.task(shape.architecture) not in ("causal_lm", "seq2seq_lm") or objective.rows not in (
+        "text",
+        "pairs",
+        "unpaired",
+        "prompts",
+    ):
+        raise InvalidRequest(
+            f"{param} grades texts, and a model that learns {objective.kind} writes none", param=param
+        )
+    given.setdefault("grader", own)
+    if given["grader"] is None:
+        words = "evaluation.grader is required: it says who scores the answers"
+        raise InvalidRequest(words, param="evaluation.grader")
+    if objective.generates:  # asked as it learns
+        given = {**objective.model_dump(include={"max_new_tokens"}), **given}
+    return check(Generation, {**given, "grader": given["grader"].model_dump(mode="json")}, "evaluation")
 
 
 def auto_epochs(rows: int) -> int:
@@ -544,7 +824,7 @@ def default_name(base_id: str, kind: str) -> str:
 
 def hyperparameters_of(spec: FineTuneSpec) -> dict[str, Any]:
     """OpenAI's three, as numbers, and the learning rate that they amount to."""
-    rate = spec.method.rate()
+    rate = own_rate(spec.method, spec.objective)
     return {
         "n_epochs": spec.training.n_epochs,
         "batch_size": spec.training.batch_size,

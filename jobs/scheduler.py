@@ -59,6 +59,14 @@ CSV_HEADER = (
     "valid_mean_token_accuracy",
     "train_mean_token_accuracy",
 )
+"""OpenAI's columns of a result file. What else an objective measures follows, sorted by name."""
+NOT_IN_CSV = ("total_steps", "learning_rate", "grad_norm", "full_valid_loss")
+NOT_MEASURED = (
+    *("type", "time", "step", "total_steps", "learning_rate", "grad_norm"),
+    *("tokens", "target_tokens", "seconds", "tokens_per_second"),
+    *("train_loss", "train_mean_token_accuracy"),
+)
+"""Of a line about a step, all that every objective has."""
 
 
 class Publish(Protocol):
@@ -690,6 +698,7 @@ class _Heard:
             "train_mean_token_accuracy": said.get("train_mean_token_accuracy"),
             "learning_rate": said.get("learning_rate"),
             "grad_norm": said.get("grad_norm"),
+            **_measured(said),
         }
         text = f"Step {step}/{total}: training loss={_shown(loss)}"
         self.news.append(Event(text, type="metrics", data=data, dedupe=f"step:{step}"))
@@ -705,16 +714,23 @@ class _Heard:
             "tokens_per_second": said.get("tokens_per_second"),
             "seconds_per_step": smooth,
             "eta_seconds": round((total - step) * smooth, 1),
+            **_measured(said),
         }
 
     def _eval(self, said: dict[str, Any]) -> None:
         step = int(said["step"])
         data = {key: value for key, value in said.items() if key not in ("type", "time")}
-        loss = said.get("valid_loss", said.get("full_valid_loss"))
         total = self.progress.get("total_steps")
-        text = f"Step {step}{f'/{total}' if total else ''}: validation loss={_shown(loss)}"
+        at = f"Step {step}{f'/{total}' if total else ''}"
+        if not said.keys() & {"valid_loss", "full_valid_loss"}:  # something else was measured
+            told = ", ".join(f"{key}={_shown(value)}" for key, value in data.items() if key != "step")
+            self.news.append(Event(f"{at}: {told}", type="metrics", data=data, dedupe=f"eval:{step}:{told}"))
+            return
+        loss = said.get("valid_loss", said.get("full_valid_loss"))
+        text = f"{at}: validation loss={_shown(loss)}"
         self.news.append(Event(text, type="metrics", data=data, dedupe=f"eval:{step}"))
-        self.progress = {**self.progress, "valid_loss": loss}
+        scores = {key: value for key, value in data.items() if key.endswith("score")}
+        self.progress = {**self.progress, "valid_loss": loss, **scores}
 
 
 def name_of(job: str, attempt: int) -> str:
@@ -728,12 +744,14 @@ def prefix_of(project: str, job: str, attempt: int) -> str:
 
 
 def metrics_csv(engine: Engine, job: str) -> str:
-    """The job's metrics by step, over all its attempts, in OpenAI's columns."""
+    """The job's metrics by step, over all its attempts: OpenAI's columns, then all else that was measured."""
     steps: dict[int, dict[str, Any]] = {}
     for data in _metrics(engine, job):
         steps.setdefault(data["step"], {}).update(data)
     text = io.StringIO()
-    table = csv.DictWriter(text, CSV_HEADER, restval="", extrasaction="ignore", lineterminator="\n")
+    further = {name for row in steps.values() for name in row} - {*CSV_HEADER, *NOT_IN_CSV}
+    header = (*CSV_HEADER, *sorted(further))
+    table = csv.DictWriter(text, header, restval="", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     for step in sorted(steps):
         table.writerow({**steps[step], "train_accuracy": steps[step].get("train_mean_token_accuracy", "")})
@@ -771,6 +789,15 @@ def _parsed(text: bytes) -> Any:
         return value if math.isfinite(value) else None
 
     return json.loads(text, parse_constant=lambda name: None, parse_float=finite)
+
+
+def _measured(said: dict[str, Any]) -> dict[str, float | None]:
+    """What a line about a step says beyond what every objective has: rewards, lengths of answers."""
+    return {
+        key: value
+        for key, value in said.items()
+        if key not in NOT_MEASURED and (value is None or isinstance(value, (int, float)))
+    }
 
 
 def _shown(loss: float | None) -> str:

@@ -22,7 +22,7 @@ from tests.jobs.service import BASE, Service, publish, rows, serving
 
 COMMANDS = (
     "up down demo models files plan submit jobs watch logs cancel pause resume adapters operate pull keys "
-    "serve-config migrate"
+    "serve-config migrate preview"
 )
 HEAVY = {"torch", "transformers", "peft", "ray", "deepspeed", "fastapi", "sqlalchemy", "boto3", "numpy"}
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.request import (
+    Files,
     Known,
     Resolved,
     auto_batch_size,
@@ -40,7 +41,7 @@ def data_file(rows: int) -> DataFile:
 
 def resolved(rows: int = 1000, known: Known = KNOWN, **body: Any) -> Resolved:
     wanted = read({"model": "org/base", "training_file": "file-1", **body})
-    return resolve(wanted, data_file(rows), None, known, SHAPE)
+    return resolve(wanted, Files(data_file(rows)), known, SHAPE)
 
 
 def spec(rows: int = 1000, **body: Any) -> FineTuneSpec:
@@ -120,16 +121,16 @@ def test_virtual_tokens_take_their_part_of_the_context(adapter: dict[str, Any], 
     known = Known(KNOWN.base, 512)
     shape = SHAPE.model_copy(update={"vocab": 0})
     body = {"model": "org/base", "training_file": "file-1", "adapter": adapter}
-    made = resolve(read(body), data_file(10), None, known, shape)
+    made = resolve(read(body), Files(data_file(10)), known, shape)
     assert made.spec.training.max_seq_len == 512 - taken
     room = {**body, "training": {"max_seq_len": 512 - taken}}
-    assert resolve(read(room), data_file(10), None, known, shape).spec.training.max_seq_len == 512 - taken
+    assert resolve(read(room), Files(data_file(10)), known, shape).spec.training.max_seq_len == 512 - taken
     longer = {**body, "training": {"max_seq_len": 513 - taken}}
     with pytest.raises(InvalidRequest, match=f"{512 - taken} is the most"):
-        resolve(read(longer), data_file(10), None, known, shape)
+        resolve(read(longer), Files(data_file(10)), known, shape)
     if taken:
         with pytest.raises(InvalidRequest, match="no room for a row: take at most 24"):
-            resolve(read(body), data_file(10), None, Known(KNOWN.base, 48), shape)
+            resolve(read(body), Files(data_file(10)), Known(KNOWN.base, 48), shape)
 
 
 def test_a_method_that_extends_the_context_takes_longer_rows() -> None:
@@ -138,9 +139,9 @@ def test_a_method_that_extends_the_context_takes_longer_rows() -> None:
     shape = SHAPE.model_copy(update={"model_type": "llama", "linears": linears})
     body = {"model": "org/base", "training_file": "file-1", "training": {"max_seq_len": 9000}}
     longer = read({**body, "adapter": {"kind": "longlora"}})
-    assert resolve(longer, data_file(10), None, KNOWN, shape).spec.training.max_seq_len == 9000
+    assert resolve(longer, Files(data_file(10)), KNOWN, shape).spec.training.max_seq_len == 9000
     with pytest.raises(InvalidRequest, match="context of the base"):
-        resolve(read({**body, "adapter": {"kind": "lora"}}), data_file(10), None, KNOWN, shape)
+        resolve(read({**body, "adapter": {"kind": "lora"}}), Files(data_file(10)), KNOWN, shape)
 
 
 @given(st.integers(1, 10**9))
@@ -189,8 +190,7 @@ def test_a_limit_broken_by_arithmetic_names_what_the_user_wrote() -> None:
     with pytest.raises(InvalidRequest) as refused:
         resolve(
             read({"model": "m", "training_file": "f", "training": {"microbatch": 0}}),
-            data_file(9),
-            None,
+            Files(data_file(9)),
             KNOWN,
             SHAPE,
         )
