@@ -23,8 +23,8 @@ EOS only if the template ends the last answer with no special token at all.
 
 The first token of a row follows nothing, so it is never a target, whatever it is.
 
-Memory does not depend on the size of the data, but for 8 bytes a row: what is made goes to files on the way,
-and `Tokenised` is a view of a file.
+Memory does not depend on the size of the data, but for some numbers a row: what is made goes to files on the
+way, and `Tokenised` is a view of a file.
 """
 
 import contextlib

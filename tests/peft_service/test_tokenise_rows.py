@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from peft_service import tokenise as tokenise_module
 from peft_service.columns import Columns
+from peft_service.containers import compression
 from peft_service.errors import InvalidTrainingFile
 from peft_service.tokenise import Meaning, Reading, Tokenised, concatenated, rows_at, tokenise
 from tests.peft_service.test_tokenise import (
@@ -295,9 +296,11 @@ def test_what_is_saved_is_a_safetensors_file_and_comes_back(tmp_path, rows):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
-    """Four times the rows, and the same peak: what was made of earlier ones is in files."""
+    """A row of these has 155 tokens, 775 bytes of ids and masks: they are in files, and of a row some numbers
+    remain in memory, such as where it begins."""
     monkeypatch.setattr(tokenise_module, "BATCH_CHARACTERS", 10_000)
     monkeypatch.setattr(tokenise_module, "COPY_BYTES", 20_000)
+    monkeypatch.setattr(compression, "CHUNK_BYTES", 20_000)
     line = json.dumps({"text": "the sum of two and three is five, zebra " * 10}) + "\n"
 
     def peak(rows: int) -> int:
@@ -313,4 +316,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
         return found
 
     peak(100)
-    assert peak(1000) < 1.1 * peak(250)
+    assert (peak(1000) - peak(250)) / 750 < 200
