@@ -298,6 +298,7 @@ _HUB = re.compile(
     r"(?:\?split=(?P<split>[\w.-]+))?"
 )
 _ONE_OF_HUB = re.compile(r"hf://datasets/(?P<name>[\w./-]+)@(?P<sha>[0-9a-f]{40})/(?P<file>.+)")
+_HUBS_OWN = ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "hf_xet")
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -464,7 +465,7 @@ def _hub(uri: str, call: Callable[[Any], T]) -> T:
         raise StoreUnavailable(f"{_shown(uri)}: the Hub said {status}") from error
     except Exception as error:
         # httpx's errors are no OSErrors, and this package does not import httpx.
-        known = type(error).__module__.split(".")[0] in ("httpx", "httpcore", "huggingface_hub", "hf_xet")
+        known = type(error).__module__.split(".")[0] in _HUBS_OWN
         if not known and not isinstance(error, OSError):
             raise
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
