@@ -164,7 +164,7 @@ def _parsed(text: str, path: str) -> Any:
     try:
         value, problems = parse_json(text)
     except BadJSON as error:
-        raise _Nowhere("bad_column_path", f"{shown(path)} is not JSON: {error.message}") from None
+        raise _Nowhere("bad_column_path", f"{shown(path)} is not JSON: {error.reason}") from None
     if problems:
         raise _Nowhere("bad_column_path", f"{shown(path)}: {problems[0]}")
     return value

@@ -18,7 +18,7 @@ from pydantic import Field
 from peft_service.columns import Columns, mapped
 from peft_service.containers import Documents, Record, container_of, records
 from peft_service.errors import InvalidTrainingFile
-from peft_service.formats import FORMATS, Format, Problem, detect, format_of, shown, typo_of
+from peft_service.formats import FORMATS, Format, Problem, detect, did_you_mean, format_of, shown
 from peft_service.leaks import found_secrets
 from peft_service.variants import Frozen
 
@@ -466,7 +466,7 @@ class _Check:
         if duplicates:
             message = f"{duplicates} row{' is an exact copy' if duplicates == 1 else 's are exact copies'}."
             yield Problem("", "duplicate_rows", message, "a copied row weighs more in training")
-        if 0 < rows < FEW_ROWS:
+        if 0 < rows < FEW_ROWS and not self.count:
             message = f"There {'is 1 row' if rows == 1 else f'are {rows} rows'}."
             yield Problem(
                 "", "few_rows", message, f"{FEW_ROWS} are hardly enough to learn from, hundreds are better"
@@ -514,10 +514,10 @@ def _unknown_format(row: dict[str, Any]) -> Problem:
     for names, hint in _FOREIGN_KEYS:
         if all(name in row for name in names):
             return Problem("", "unknown_format", message, hint)
-    known = tuple(dict.fromkeys(key for variant in FORMATS for key in variant.keys))
+    known = list(dict.fromkeys(key for variant in FORMATS for key in variant.keys))
     for key in list(row)[:8]:
-        if (meant := typo_of(key, known)) and meant != key:
-            return Problem("", "unknown_format", message, f'{shown(key)}: did you mean "{meant}"?')
+        if key not in known and (meant := did_you_mean(key, known)):
+            return Problem("", "unknown_format", message, f"{shown(key)}: {meant}")
     return Problem("", "unknown_format", message, _map("…", "…"))
 
 

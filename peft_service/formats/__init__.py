@@ -234,7 +234,8 @@ def _one_slip(one: str, other: str) -> bool:
 
 
 def wrong_type(path: str, wanted: str, value: Any, hint: str = "") -> Problem:
-    return Problem(path, "wrong_type", f"Expected {wanted}, got {json_type(value)}.", hint)
+    got = "an empty string" if isinstance(value, str) and not value.strip() else json_type(value)
+    return Problem(path, "wrong_type", f"Expected {wanted}, got {got}.", hint)
 
 
 def json_type(value: Any) -> str:
@@ -277,6 +278,11 @@ class BadJSON(ValueError):
         super().__init__(message)
         self.code, self.message, self.hint, self.position = code, message, hint, position
 
+    @property
+    def reason(self) -> str:
+        """The message, for whoever has said before that it is not JSON."""
+        return self.message.removeprefix("Not JSON: ")
+
 
 def parse_json(text: str) -> tuple[Any, list[Problem]]:
     """Read strict JSON: also what Python's reader lets pass silently is wrong.
@@ -301,7 +307,8 @@ def parse_json(text: str) -> tuple[Any, list[Problem]]:
         value = json.loads(text, object_pairs_hook=to_dict, parse_constant=_refuse, parse_float=_finite)
     except json.JSONDecodeError as error:
         message = f"Not JSON: {error.msg}, at character {error.pos + 1}."
-        raise BadJSON("not_json", message, "", error.pos) from None
+        hint = next((hint for said, hint in _HINTS.items() if error.msg.startswith(said)), "")
+        raise BadJSON("not_json", message, hint, error.pos) from None
     except RecursionError:
         raise BadJSON("too_deep", f"Nested more than {MAX_DEPTH} levels deep.") from None
     except BadJSON:
@@ -315,6 +322,13 @@ def parse_json(text: str) -> tuple[Any, list[Problem]]:
     return value, []
 
 
+_HINTS = {
+    "Expecting property name": "names are in double quotes, and no comma stands before a closing brace",
+    "Expecting value": "values are strings in double quotes, numbers, true, false, null, arrays or objects",
+    "Extra data": "is a line feed missing between two rows?",
+    "Invalid control character": "inside a string, a line feed is written \\n and a tab \\t",
+    "Unterminated string": "was it cut off?",
+}
 _SUSPICIOUS_ESCAPE = re.compile(r"\\u(?:0000|[dD][89abcdefABCDEF])")
 
 

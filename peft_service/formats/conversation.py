@@ -23,6 +23,7 @@ system message that is not the first, are allowed: whether a template takes them
 Messages after the last trained one are allowed too: nobody reads them.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -237,7 +238,7 @@ def _is_empty(message: Mapping[str, Any]) -> bool:
     if any(not isinstance(one, str) or one.strip() for one in said if one):
         return False
     if isinstance(content, list):
-        return not any(_text_of(part).strip() for part in content)
+        return bool(content) and not any(_text_of(part).strip() for part in content)
     return isinstance(content, str) and not content.strip()
 
 
@@ -320,7 +321,7 @@ def _check_weights(message: dict[str, Any], path: str, role: Any) -> Iterator[Pr
     given = [(key, message[key]) for key in ("weight", "loss_weight") if message.get(key) is not None]
     for key, weight in given:
         if isinstance(weight, bool) or weight not in (0, 1):
-            seen = shown(weight) if isinstance(weight, str | int | float) else json_type(weight)
+            seen = json_type(weight) if isinstance(weight, list | dict) else json.dumps(weight)[:60]
             yield Problem(f"{path}.{key}", "weight_not_0_or_1", f"{key} is {seen}; it must be 0 or 1.")
         elif weight == 1 and role != "assistant":
             yield Problem(f"{path}.{key}", "weight_not_allowed", "Only assistant messages can be trained.")
@@ -403,7 +404,7 @@ def _check_call_text(value: Any, path: str) -> Iterator[Problem]:
         try:
             value, problems = parse_json(value)
         except BadJSON as error:
-            said = f"A call of a function is no JSON: {error.message}"
+            said = f"A call of a function is no JSON: {error.reason}"
             yield Problem(path, "arguments_not_json_string", said, hint)
             return
         for problem in problems:
@@ -464,7 +465,7 @@ def _check_arguments(arguments: Any, path: str) -> Iterator[Problem]:
     try:
         value, problems = parse_json(arguments)
     except BadJSON as error:
-        yield Problem(path, code, f"arguments is a string, but not of JSON: {error.message}", hint)
+        yield Problem(path, code, f"arguments is a string, but not of JSON: {error.reason}", hint)
         return
     if not isinstance(value, dict):
         yield Problem(path, code, f"arguments holds {json_type(value)}, not an object.", hint)
@@ -569,7 +570,7 @@ def check_tools(tools: Any, path: str = "tools") -> Iterator[Problem]:
             tools, problems = parse_json(tools)
         except BadJSON as error:
             hint = "write the array itself, or JSON of it in a string"
-            yield Problem(path, "bad_tools", f"{path} is a string, but not of JSON: {error.message}", hint)
+            yield Problem(path, "bad_tools", f"{path} is a string, but not of JSON: {error.reason}", hint)
             return
         if problems:
             for problem in problems:
@@ -619,10 +620,13 @@ def _check_tool(function: dict[str, Any], path: str) -> Iterator[Problem]:
 def doubts_about_tools(tools: Any, path: str = "tools") -> Iterator[Problem]:
     """What in the schemas of good tools is no JSON Schema, and was left as it is."""
     for index, tool in enumerate(_tools_in(tools)):
-        function = tool["function"]
-        for problem, fatal in _schema_problems(function.get("parameters") or {}, f"{path}[{index}]"):
-            if not fatal:
-                yield problem
+        here = f"{path}[{index}]"
+        wrapper = tool.get("function")
+        function, here = (tool, here) if wrapper is None else (wrapper, f"{here}.function")
+        for key in ("parameters", "input_schema"):
+            for problem, fatal in _schema_problems(function.get(key) or {}, f"{here}.{key}"):
+                if not fatal:
+                    yield problem
 
 
 def _schema_problems(schema: dict[str, Any], path: str) -> Iterator[tuple[Problem, bool]]:
@@ -648,7 +652,8 @@ def _schema_problems(schema: dict[str, Any], path: str) -> Iterator[tuple[Proble
                 yield Problem(f"{here}.type", "bad_tool_schema", said, f"one of {', '.join(TYPES)}"), False
         properties, required = item.get("properties"), item.get("required")
         if isinstance(properties, dict):
-            waiting.extend((part, join(f"{here}.properties", key)) for key, part in properties.items())
+            inner = [(part, join(f"{here}.properties", key)) for key, part in properties.items()]
+            waiting.extend(reversed(inner))
         elif properties is not None:
             said = f"properties must be an object, got {json_type(properties)}."
             yield Problem(f"{here}.properties", "bad_tool_schema", said, '{"city": {"type": "string"}}'), True
@@ -667,13 +672,13 @@ def _schema_problems(schema: dict[str, Any], path: str) -> Iterator[tuple[Proble
 
 def template_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     """Good tools as chat templates take them."""
-    return tuple(_tools_in(tools))
+    return tuple(map(_tool, _tools_in(tools)))
 
 
 def _tools_in(tools: Any) -> list[dict[str, Any]]:
     if isinstance(tools, str):
-        tools = parse_json(tools)[0] if tools.strip() else []
-    return [_tool(tool) for tool in tools or ()]
+        return list(parse_json(tools)[0]) if tools.strip() else []
+    return list(tools or ())
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:

@@ -266,6 +266,7 @@ def _check_conversations(pair: _Pair) -> Iterator[Problem]:
         if not start:
             said = "The two conversations have no message in common at their beginning: there is no prompt."
             yield Problem(pair.names[1], "different_prompts", said)
+            return
         places = [(name, side[start:], start) for name, side in pair.sides]
     else:
         # The prompt's problems once, then those of each answer behind it.

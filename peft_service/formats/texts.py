@@ -53,7 +53,7 @@ def check_label(label: Any, path: str) -> Iterator[Problem]:
     if isinstance(label, bool) or not isinstance(label, str | int):
         yield wrong_type(path, "a string or a whole number", label)
     elif not 1 <= len(str(label)) <= 200 or not str(label).strip():
-        yield Problem(path, "bad_label", "A label has 1 to 200 characters.")
+        yield Problem(path, "bad_label", "A label has 1 to 200 characters, not all of them blanks.")
 
 
 def named(row: dict[str, Any], label: str | int) -> str:

@@ -21,6 +21,7 @@ from peft_service.formats.conversation import (
     check_targets,
     check_tools,
     doubts_about_tools,
+    has_answer,
     role_of,
     template_messages,
     template_tools,
@@ -86,9 +87,9 @@ class Unpaired(Format):
             yield from check_system(row, row[shape])
             yield from check_messages(row[shape], shape)
             yield from check_last(row[shape], within(shape))
-            if isinstance(row[shape], list) and row[shape]:
-                last = len(row[shape]) - 1
-                yield from check_targets(row[shape][last:], shape, within(shape, last))
+            last = row[shape][-1:] if isinstance(row[shape], list) else []
+            if has_answer(last):
+                yield from check_targets(last, shape, within(shape, len(row[shape]) - 1))
 
     def doubts(self, row: dict[str, Any]) -> Iterator[Problem]:
         yield from doubts_about_tools(row.get("tools"))

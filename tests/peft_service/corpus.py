@@ -1,9 +1,10 @@
 """The corpus of broken files: what each is about, what is asked of it, and the exact report it must get.
 
-`broken/NNN-name.<ext>` is a file as somebody could upload it, `broken/NNN-name.expected.json` says what it is about
-and what `validate` must say. Files of text are written by hand; files that no editor can write are made here.
+`broken/NNN-name.<ext>` is a file as somebody could upload it, `broken/NNN-name.expected.json` says what it is
+about and what `validate` must say. Files of text are written by hand; files that no editor can write are made
+here.
 
-python -m tests.peft_service.corpus --write     make the binary files that are missing, and write every report anew
+python -m tests.peft_service.corpus --write     make binary files that are missing; write every report anew
 
 Read every report that changed before you commit it: `git diff` shows what a user would be told.
 """
@@ -73,6 +74,12 @@ def with_bytes() -> bytes:
     return parquet(text=["a", "b"], image=[b"\xff\xd8\xff\xe0", b"fine"])
 
 
+def with_intervals() -> bytes:
+    import pyarrow as pa
+
+    return arrow_stream(text=["a"], since=pa.array([(1, 2, 3)], type=pa.month_day_nano_interval()))
+
+
 def labels() -> bytes:
     rows = (json.dumps({"text": "a", "label": index}) for index in range(10_003))
     return packed("\n".join(rows).encode())
@@ -80,7 +87,7 @@ def labels() -> bytes:
 
 BINARY: dict[str, tuple[str, Callable[[], bytes]]] = {
     "201-gzip-cut-off.jsonl.gz": ("the upload ended early", lambda: packed(GOOD * 3)[:-12]),
-    "202-gzip-broken.jsonl.gz": ("bytes were changed on the way", lambda: packed(GOOD)[:12] + b"\xff" * 30),
+    "202-gzip-broken.jsonl.gz": ("bytes were changed on the way", lambda: packed(GOOD)[:10] + b"\xff" * 30),
     "203-gzip-twice.jsonl.gz": ("compressed two times", lambda: packed(packed(GOOD))),
     "204-bomb.jsonl.zst": ("a few kilobytes that become 300 MiB", bomb),
     "205-line-too-long.jsonl.gz": (
@@ -102,6 +109,7 @@ BINARY: dict[str, tuple[str, Callable[[], bytes]]] = {
     "212-nan.parquet": ("a NaN, and a text that is null", with_nan),
     "213-bytes.parquet": ("a column of images", with_bytes),
     "214-cut-off.arrow": ("the upload ended early", lambda: arrow_stream(text=["a", "b"] * 50)[:-60]),
+    "216-intervals.arrow": ("a type that JSON has nothing for", with_intervals),
     "215-no-rows.parquet": ("columns, but no rows", lambda: parquet(text=[])),
 }
 
@@ -120,7 +128,7 @@ def expected_of(path: Path) -> Path:
 
 def report_on(path: Path, asked: dict[str, Any]) -> Report:
     columns = Columns.model_validate(asked["columns"]) if "columns" in asked else None
-    return validate(path, path.name, columns, asked.get("format"), limit=LISTED)
+    return validate(path, path.name, columns, asked.get("format"), limit=asked.get("limit", LISTED))
 
 
 def told(report: Report) -> dict[str, Any]:

@@ -53,11 +53,9 @@ def codes_in(path: Path) -> set[str]:
             for place in wanted.get(name, []):
                 if len(node.args) > place and isinstance(node.args[place], ast.Constant):
                     found.add(node.args[place].value)
-        if isinstance(node, ast.Assign) and any(
-            getattr(target, "id", "") == "code" for target in node.targets
-        ):
-            if isinstance(node.value, ast.Constant):
-                found.add(node.value.value)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            names = {getattr(target, "id", "") for target in node.targets}
+            found |= {node.value.value} if "code" in names else set()
     return {code for code in found if isinstance(code, str) and CODE.fullmatch(code)}
 
 
