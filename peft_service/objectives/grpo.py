@@ -43,7 +43,9 @@ class GRPO(Objective):
     temperature: float = Field(1.0, gt=0, le=5)
     """Answers are written at it, and learned at it."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sampled from the likeliest tokens that have this much probability together; 1: from all."""
     top_k: int | None = Field(None, ge=1)
+    """Sampled from so many of the likeliest tokens; none: from all."""
     beta: float = Field(0.0, ge=0, le=10)
     """How much the distance from the base costs; 0: nothing, and no forward pass of the base."""
     kl_gradient: Literal["unbiased", "paper"] = "unbiased"

@@ -40,8 +40,7 @@ class Reward(Objective):
         from peft_service import logps
 
         rewards_B = logps.precise(model(**batch.inputs).logits[:, 0])
-        # A batch that is only there to fill a step may have a single line.
-        better_P, worse_P = rewards_B[0::2], rewards_B[1::2] if len(rewards_B) > 1 else rewards_B
+        better_P, worse_P = rewards_B[0::2], rewards_B[1::2]
         real_P = batch.labels_BT[0::2, 0] != IGNORE
         loss_P = logps.smoothed(better_P - worse_P, 0.0)
         if self.center_coefficient:

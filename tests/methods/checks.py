@@ -334,8 +334,8 @@ def check_all(trial: Trial, root: Path, directory: Path) -> dict[str, str]:
     found["COUNT"] = f"{count} train, {values} stored"
 
     worst = 0.0
-    for row in range(3):
-        alone = live.batch([row])
+    for row, number in enumerate(live.probe.rows[:3]):
+        alone = live.batch([number])
         mask, width = live.probe.mask_BT[row].bool(), alone.tokens_BT.shape[1]
         for name, tensor in live.said_of(alone).items():
             among = said[name][row]

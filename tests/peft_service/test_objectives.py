@@ -640,6 +640,15 @@ def test_half_precision_logits_are_summed_in_float32():
     assert float((seen - expected).abs().max()) < 2e-6
 
 
+def test_nothing_is_predicted_from_padding_on_the_left():
+    """Not even where everything that is read is a target, as in ORPO."""
+    batch = padded(pair_lines(ANY.rows))
+    lengths = batch.mask_BT.sum(1)
+    assert torch.equal((logps.whole_targets_of(batch) != IGNORE).sum(1), lengths - 1)
+    left = replace(batch, tokens_BT=batch.tokens_BT.flip(1), mask_BT=batch.mask_BT.flip(1))
+    assert torch.equal((logps.whole_targets_of(left) != IGNORE).sum(1), lengths - 1)
+
+
 def test_virtual_tokens_in_front_are_cut():
     """A prompt's tokens push the logits back: those of the row are the last."""
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
