@@ -79,15 +79,15 @@ def _of(head: bytes, whole: bool, name: str) -> Container:
         if pattern.match(text[:200]):
             return Container("unknown", "", "", looks_like, hint)
     plain = suffix in ("txt", "text", "md", "csv", "tsv", "tab")
+    if re.match(rb"\[\s*\{\s*[\"}]", text):
+        return Container("json_array", "")
     if _has_objects(text, whole) or (text.startswith(b"{") and not plain):
         looks_like = ""
         if text.split(b"\n", 1)[0].rstrip() == b"{":
             looks_like = "the file looks like indented JSON: write each object on one line"
         return Container("jsonl", "", "", "indented JSON" if looks_like else "", looks_like)
     json_name = suffix in ("json", "jsonl", "ndjson", "jsonlines")
-    if re.match(rb"\[\s*(\{\s*([\"}]|$)|$)" if plain else rb"\[\s*([\[{\"\]]|$)", text) or (
-        json_name and text.startswith(b"[")
-    ):
+    if re.match(rb"\[" if json_name else rb"\[\s*(\{?\s*$|\])" if plain else rb"\[\s*([\[{\"\]]|$)", text):
         return Container("json_array", "")
     decoded = head.removeprefix(BYTE_ORDER_MARK).decode(errors="replace")
     preferred = "\t" if suffix in ("tsv", "tab") else ","
@@ -139,7 +139,7 @@ def _binary(head: bytes) -> Container | None:
                 return Container("unknown", "", "", what, "the file is UTF-16: save it as UTF-8")
         if sample.count(0) > len(sample) / 20 or not sample.lstrip().startswith((b"{", b"[")):
             controls = sum(byte < 32 and byte not in b"\t\n\r\f\0" for byte in sample)
-            if controls + sample.count(0) > len(sample) / 20:
+            if controls + sample.count(0) > max(3, len(sample) / 20):
                 hint = "data files are JSON Lines, a JSON array, CSV, TSV, Parquet, Arrow or plain text"
                 return Container("unknown", "", "", "binary data", hint)
     return None

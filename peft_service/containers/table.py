@@ -36,14 +36,32 @@ class _TooLong(Exception):
         self.line = line
 
 
+class _Taken:
+    """The lines of one record. Of a record of many only the first are held: 16 MiB may be as many lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self.count = self.size = self.last = 0
+        self.problem: Problem | None = None
+
+    def add(self, line: Line, raw: bytes) -> None:
+        self.count, self.size, self.last = self.count + 1, self.size + len(raw) + 1, line.number
+        if self.count <= MAX_LINES_REREAD:
+            self.lines.append(line)
+        if self.problem is None and not (raw.isascii() and b"\0" not in raw):
+            self.problem = _of_bytes(raw, line.number)
+
+    def text(self) -> str:
+        return b"\n".join(line.raw or b"" for line in self.lines[:5])[:400].decode(errors="replace")
+
+
 class _Lines:
     """Lines as csv's reader takes them; remembers those of the record that is being read."""
 
     def __init__(self, lines: Iterable[Line]) -> None:
         self._lines = iter(lines)
         self._again: deque[Line] = deque()
-        self.taken: list[Line] = []
-        self._size = 0
+        self._taken = _Taken()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -53,16 +71,15 @@ class _Lines:
         raw = line.raw
         if raw is None:
             raise _TooLong(line)
-        self.taken.append(line)
-        self._size += len(raw) + 1
-        if self._size > MAX_RECORD_BYTES:
+        self._taken.add(line, raw)
+        if self._taken.size > MAX_RECORD_BYTES + 1:
             raise _TooLong
         # Bytes that are not UTF-8 become lone surrogates, which UTF-8 itself cannot give.
         return raw.decode(errors="surrogateescape") + "\n"
 
-    def record(self) -> list[Line]:
-        """The lines of the record that has been read."""
-        taken, self.taken, self._size = self.taken, [], 0
+    def record(self) -> _Taken:
+        """The lines of the record that has been read, or could not be."""
+        taken, self._taken = self._taken, _Taken()
         return taken
 
     def reread(self, lines: list[Line]) -> None:
@@ -76,16 +93,14 @@ def read(chunks: Iterable[bytes], delimiter: str, warn: Callable[[Problem], None
     usable = True
     first_blank, blanks = 0, 0
     for taken, fields, problem in _records(lines, delimiter):
-        first = taken[0]
-        number, offset = first.number, first.byte_offset
+        number, offset = taken.lines[0].number, taken.lines[0].byte_offset
         if problem is not None:
-            yield broken(number, offset, problem, (first.raw or b"")[:400].decode(errors="replace"))
+            yield broken(number, offset, problem, taken.text())
             continue
         if not fields:
             first_blank, blanks = first_blank or number, blanks + 1
             continue
-        text = b"\n".join(line.raw or b"" for line in taken)
-        problems = [*_encoding(taken)]
+        problems = [taken.problem] if taken.problem else []
         if header is None:
             header = [name.strip() for name in fields]
             problems += _of_header(header, delimiter)
@@ -109,7 +124,7 @@ def read(chunks: Iterable[bytes], delimiter: str, warn: Callable[[Problem], None
             yield Record(number, offset, row, (), compact(row))
             continue
         if problems:
-            record = broken(number, offset, problems[0], text[:400].decode(errors="replace"))
+            record = broken(number, offset, problems[0], taken.text())
             placed = tuple(record.placed(problem) for problem in problems)
             yield record._replace(problems=placed)
     if blanks:
@@ -125,7 +140,7 @@ def _without_mark(lines: Iterable[Line], warn: Callable[[Problem], None]) -> Ite
         yield line
 
 
-def _records(lines: _Lines, delimiter: str) -> Iterator[tuple[list[Line], list[str], Problem | None]]:
+def _records(lines: _Lines, delimiter: str) -> Iterator[tuple[_Taken, list[str], Problem | None]]:
     """(lines, fields, None) of a record, or (lines, [], problem)."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -135,40 +150,38 @@ def _records(lines: _Lines, delimiter: str) -> Iterator[tuple[list[Line], list[s
             return
         except _TooLong as error:
             taken = lines.record()
-            if error.line is not None:
-                problem = line_too_long(error.line, "are the line ends LF or CR LF?")
-                if taken:
-                    yield taken, [], _unclosed(taken, "a line that is too long follows", lost=True)
-                yield [error.line], [], problem
+            if error.line is None and taken.count == 1:
+                yield taken, [], too_long("record", taken.size)
+            elif error.line is None:
+                yield taken, [], _unclosed(taken, "the record is too long", lost=True)
             else:
-                size = sum(line.size + 1 for line in taken)
-                problem = too_long("record", size)
-                if len(taken) > 1:
-                    problem = _unclosed(taken, "the record is too long", lost=True)
-                yield taken, [], problem
+                if taken.count:
+                    yield taken, [], _unclosed(taken, "a line that is too long follows", lost=True)
+                taken = _Taken()
+                taken.add(error.line, b"")
+                yield taken, [], line_too_long(error.line, "are the line ends LF or CR LF?")
         except csv.Error as error:
             taken = lines.record()
             # Re-reading is what keeps a stray quote from taking the rows behind it along; that it is limited
             # is what keeps a file of stray quotes from being read a million times.
-            size = sum(line.size for line in taken)
-            lost = len(taken) > MAX_LINES_REREAD or size > MAX_BYTES_REREAD
-            if not lost:
-                lines.reread(taken[1:])
-            if len(taken) == 1:
+            lost = taken.count > MAX_LINES_REREAD or taken.size > MAX_BYTES_REREAD
+            if taken.count == 1:
                 message = f"Broken quotes: {_reason(str(error))}."
                 hint = 'a quote inside quotes is written twice: "say ""yes"""'
                 yield taken, [], Problem("", "broken_quotes", message, hint)
             else:
+                if not lost:
+                    lines.reread(taken.lines[1:])
                 why = "the file ends" if "end of data" in str(error) else "text follows a quote"
                 yield taken, [], _unclosed(taken, why, lost)
         else:
-            yield lines.record(), fields if len(fields) <= MAX_COLUMNS else fields[:MAX_COLUMNS], None
+            yield lines.record(), fields[:MAX_COLUMNS], None
             continue
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
 
 
-def _unclosed(taken: list[Line], why: str, lost: bool) -> Problem:
-    first, last = taken[0].number, taken[-1].number
+def _unclosed(taken: _Taken, why: str, lost: bool) -> Problem:
+    first, last = taken.lines[0].number, taken.last
     rest = f"; lines {first} to {last} are not read" if lost else ""
     message = f"A quote that is opened here is not closed as it should be by line {last}: {why}{rest}."
     return Problem("", "broken_quotes", message, 'close it, or write it twice inside "quotes"')
@@ -182,20 +195,17 @@ def _reason(said: str) -> str:
     return "a quote is opened and never closed" if "end of data" in said else said
 
 
-def _encoding(taken: list[Line]) -> Iterator[Problem]:
-    for line in taken:
-        raw = line.raw or b""
-        if b"\0" in raw:
-            yield Problem("", "nul_character", "The row holds the character U+0000.", "remove it")
-            return
-        try:
-            raw.decode()
-        except UnicodeDecodeError as error:
-            message = (
-                f"Not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of line {line.number}."
-            )
-            yield Problem("", "not_utf8", message, "save the file as UTF-8 (in Excel: CSV UTF-8)")
-            return
+def _of_bytes(raw: bytes, number: int) -> Problem | None:
+    if b"\0" in raw:
+        return Problem("", "nul_character", "The row holds the character U+0000.", "remove it")
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        byte = f"0x{raw[error.start]:02x} at byte {error.start + 1} of line {number}"
+        return Problem(
+            "", "not_utf8", f"Not UTF-8: byte {byte}.", "save the file as UTF-8 (in Excel: CSV UTF-8)"
+        )
+    return None
 
 
 def _of_header(header: list[str], delimiter: str) -> Iterator[Problem]:
@@ -226,7 +236,8 @@ def _name(delimiter: str) -> str:
 def sniff(head: str, whole: bool, preferred: str = ",") -> tuple[str, bool]:
     """The delimiter of a table whose first characters are `head`, and whether it certainly is a table.
 
-    Certain: names as a header has them, and as many values in every row, of which there is at least one.
+    Certain: names as a header has them (commas of prose have blanks behind them), and as many values in every
+    row, of which there is at least one.
     `whole`: there is no more than the head. `preferred` breaks ties.
     """
     best, delimiter, certain = (0.0, 0, False), preferred, False
@@ -248,7 +259,7 @@ def sniff(head: str, whole: bool, preferred: str = ",") -> tuple[str, bool]:
         score = (even, len(rows[0]), candidate == preferred)
         if score > best:
             best, delimiter = score, candidate
-            names = [name.strip() for name in rows[0]]
+            names = rows[0]
             certain = (
                 even == 1
                 and len(rows) > 1

@@ -20,21 +20,22 @@ def read(
     Line ends (LF or CR LF) between the lines of a document become LF; those at its ends are left out. Blank
     lines between documents are in none; where a line is a document, their number is a warning.
     """
-    document = _Document()
+    document: _Document | None = None
     first_blank, blanks = 0, 0
     for line in lines_of(chunks):
         if line.number == 1 and line.raw is not None and line.raw.startswith(BYTE_ORDER_MARK):
             warn(bom())
             line = line._replace(raw=line.raw[len(BYTE_ORDER_MARK) :])
         blank = line.raw is not None and not line.raw.strip()
-        if blank and (documents != "file" or not document.lines):
+        if blank and (documents != "file" or document is None):
             first_blank, blanks = first_blank or line.number, blanks + 1
         else:
+            document = document or _Document(line)
             document.add(line)
-        if document.lines and (documents == "line" or (blank and documents == "paragraph")):
+        if document is not None and (documents == "line" or (blank and documents == "paragraph")):
             yield document.record()
-            document = _Document()
-    if document.lines:
+            document = None
+    if document is not None:
         yield document.record()
     if blanks and documents == "line":
         message = f"{blanks} blank line{' was' if blanks == 1 else 's were'} skipped."
@@ -43,39 +44,36 @@ def read(
 
 
 class _Document:
-    """Lines of one document; of one that is too long, only the first."""
+    """One document, whose lines are added as they come; of one too long, only the beginning is kept."""
 
-    def __init__(self) -> None:
-        self.lines: list[Line] = []
+    def __init__(self, first: Line) -> None:
+        self.first = first
         self.size = 0
+        self._text = bytearray()
+        self._problem: Problem | None = None
 
     def add(self, line: Line) -> None:
         self.size += line.size + 1
-        if not self.lines or self.size <= MAX_RECORD_BYTES:
-            self.lines.append(line)
-        else:
-            del self.lines[1:]
-
-    def record(self) -> Record:
-        first = self.lines[0]
-        for line in self.lines:
-            problem = None
-            if line.raw is None:
-                problem = line_too_long(line, "cut it into several lines")
-            else:
+        if line.raw is None:
+            self._problem = self._problem or line_too_long(line, "cut it into several lines")
+        elif self.size <= MAX_RECORD_BYTES + 1:
+            if self._problem is None and not line.raw.isascii():
                 try:
                     line.raw.decode()
                 except UnicodeDecodeError as error:
-                    problem = not_utf8(line, error)
-            if problem:
-                return Record(first.number, first.byte_offset, None, (problem,), (line.raw or b"")[:400])
-        raw = b"\n".join((line.raw or b"").removesuffix(b"\r") for line in self.lines)
+                    self._problem = not_utf8(line, error)
+            self._text += line.raw.removesuffix(b"\r") + b"\n"
+
+    def record(self) -> Record:
+        number, offset = self.first.number, self.first.byte_offset
+        raw = bytes(self._text).rstrip(b"\r\n")
+        if self._problem is not None:
+            return Record(number, offset, None, (self._problem,), raw[:400])
         if self.size > MAX_RECORD_BYTES + 1:
             problem = replace(too_long("document", self.size), hint="cut it into several documents")
-            return broken(first.number, first.byte_offset, problem, raw[:400].decode(errors="replace"))
+            return broken(number, offset, problem, raw[:400].decode(errors="replace"))
         if b"\0" in raw:
             problem = Problem("text", "nul_character", "The text holds the character U+0000.", "remove it")
-            at = raw.decode().index("\0")
-            return broken(first.number, first.byte_offset, problem, raw.decode(), at)
-        raw = raw.rstrip(b"\r\n")
-        return Record(first.number, first.byte_offset, {"text": raw.decode()}, (), raw)
+            text = raw.decode()
+            return broken(number, offset, problem, text, text.index("\0"))
+        return Record(number, offset, {"text": raw.decode()}, (), raw)
