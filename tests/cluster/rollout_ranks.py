@@ -1,4 +1,4 @@
-"""`python -m tests.cluster.rollout_ranks WORK ROOT RANK WORLD`: GRPO on DeepSpeed ZeRO, as one rank of several.
+"""`python -m tests.cluster.rollout_ranks WORK ROOT RANK WORLD`: GRPO on ZeRO, as one rank of several.
 
 `train` is also what one process does.
 """

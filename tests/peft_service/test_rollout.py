@@ -171,15 +171,16 @@ def test_an_answer_ends_with_its_end_token(engine, tokenizer):
 
 
 def test_the_model_is_left_as_it_was(engine, tokenizer):
-    config = engine.model.generation_config
+    config, prompts = engine.model.generation_config, prompts_of_length(5, 9, 3, 12, answers=4)
     config.repetition_penalty = 5.0
     engine.model.train()
     try:
-        penalised = sampled(engine, tokenizer, prompts_of_length(5))
+        penalised = sampled(engine, tokenizer, prompts)
+        assert any(len(answer.token_ids) == 12 for answer in penalised)
         assert engine.model.training
         assert engine.model.generation_config is config
         config.repetition_penalty = 1.0
-        assert sampled(engine, tokenizer, prompts_of_length(5)) == penalised
+        assert sampled(engine, tokenizer, prompts) == penalised
     finally:
         config.repetition_penalty = None
 
