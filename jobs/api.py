@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs import api_catalog, api_files, api_jobs, api_operations, api_preview, body, files, keys
+from jobs import api_catalog, api_files, api_graders, api_jobs, api_operations, api_preview, body, files, keys
 from jobs.caller import MODELS, ErrorEnvelope, Services
 from jobs.settings import Settings
 from peft_service.errors import (
@@ -81,7 +81,7 @@ def create_app(
         code: {"model": ErrorEnvelope, "description": words}
         for code, words in (("4XX", "The request was refused; nothing changed"), ("5XX", "Try again"))
     }
-    for part in (api_files, api_jobs, api_preview, api_catalog, api_operations):
+    for part in (api_files, api_jobs, api_preview, api_catalog, api_graders, api_operations):
         app.include_router(part.router, prefix="/v1", dependencies=security, responses=errors)
 
     @app.get("/healthz", tags=["health"])
