@@ -49,8 +49,11 @@ class GRPO(Objective):
     beta: float = Field(0.0, ge=0, le=10)
     """How much the distance from the base costs; 0: nothing, and no forward pass of the base."""
     kl_gradient: Literal["unbiased", "paper"] = "unbiased"
+    """Of the distance from the base: that of the reverse KL, or the paper's, which is biased."""
     loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
+    """Whether every token weighs the same (dapo), or every answer (grpo), or as much as in dr_grpo."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What an advantage is divided by: the spread of the rewards in its group, or in the step, or nothing."""
 
     rows: ClassVar[Rows] = "prompts"
     formats: ClassVar[tuple[str, ...]] = ("prompts", "chat", "prompt_completion")
