@@ -159,9 +159,9 @@ def _run(method: Any, task: str, base: Path, data: "tuple[Path, Path, str]", pla
         id="f", key="k", sha256="0" * 64, rows=1, format=format, labels=tuple(statistics.get("labels", ())),
         tasks=tuple(statistics.get("tasks", ())),
     )  # fmt: skip
-    from jobs.request import objective_for
+    from jobs.objectives import Asked, objective_for
 
-    objective = objective_for(file, shape)
+    objective = objective_for(Asked(), [file], shape)
     case = Case(
         task=objective.task(shape.architecture), labels=file.labels, steps=budget["steps"], seed=SEED,
         max_seq_len=budget["max_seq_len"], tasks=file.tasks,

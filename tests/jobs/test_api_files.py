@@ -1,5 +1,6 @@
 """Uploads that are huge, broken or strange: constant memory, one envelope, nothing kept."""
 
+import gzip
 import re
 import socket
 import threading
@@ -12,7 +13,8 @@ import pytest
 from sqlalchemy import update
 
 from jobs.db import files, uploads, writing
-from tests.jobs.serving import CHAT, Service, serving
+from peft_service.run import tokenised_key
+from tests.jobs.serving import BASE, CHAT, Service, serving
 
 MIB = 1 << 20
 
@@ -245,6 +247,159 @@ def test_an_expired_file_is_gone_and_its_bytes_are_swept(service: Service, http:
     assert service.store.info(key) is None
 
 
+# ------------------------------------------------------------------------------------ what is in a file
+
+
+def upload(http: httpx.Client, name: str, data: bytes) -> dict[str, Any]:
+    answer = http.post("/files", files={"file": (name, data)}, data={"purpose": "fine-tune"})
+    assert answer.status_code == 200, answer.text
+    made: dict[str, Any] = answer.json()
+    return made
+
+
+QUESTIONS = b"".join(b'{"question": "%d?", "answer": "%d!"}\n' % (n, n) for n in range(30))
+
+
+@pytest.fixture(scope="module")
+def base(service: Service) -> str:
+    headers = {"authorization": f"Bearer {service.keys['a']}"}
+    body = {"id": BASE, "uri": service.base_uri}
+    assert httpx.post(f"{service.url}/base_models", json=body, headers=headers).status_code == 200
+    return BASE
+
+
+def test_a_file_of_no_known_format_goes_in_and_a_job_says_what_its_columns_mean(
+    service: Service, http: httpx.Client, base: str
+) -> None:
+    file = upload(http, "questions.jsonl", QUESTIONS)
+    assert (file["status"], file["format"], file["rows"]) == ("processed", None, 30)
+    assert any('{"prompt": "question", "completion": "answer"}' in words for words in file["warnings"])
+    job = {"model": base, "training_file": file["id"]}
+    refused = http.post("/fine_tuning/jobs", json=job).json()["error"]
+    assert (refused["code"], refused["param"]) == ("unknown_format", "training_file")
+    assert refused["columns"] == ["question", "answer"]
+    assert '{"prompt": "question", "completion": "answer"}' in refused["message"]
+
+    columns = {"prompt": "question", "completion": "answer"}
+    made = http.post("/fine_tuning/jobs", json={**job, "data": {"columns": columns}}).json()
+    assert made["data"]["training"]["format"] == "prompt_completion"
+    assert made["data"]["training"]["columns"] == columns
+    assert made["data"]["training"]["name"] == "questions.jsonl"
+    assert made["data"]["training"]["rows"] == 30
+    assert made["method"]["type"] == "supervised"
+
+    bad = http.post(
+        "/preflight", json={**job, "data": {"columns": {"prompt": "question", "completion": "a"}}}
+    )
+    error = bad.json()["error"]
+    assert (error["code"], error["param"], error["error_count"]) == (
+        "invalid_training_file",
+        "training_file",
+        30,
+    )
+    assert error["errors"][0]["code"] == "column_not_found"
+    assert error["errors"][0]["line"] == 1
+
+
+def test_what_was_found_under_a_mapping_is_kept_and_goes_with_the_file(
+    service: Service, http: httpx.Client, base: str
+) -> None:
+    file = upload(http, "q.jsonl", QUESTIONS + b'{"question": "30?", "answer": "30!"}\n')
+    prefix = f"a/files/{file['id']}"
+    body = {
+        "model": base,
+        "training_file": file["id"],
+        "validation_file": file["id"],
+        "data": {"columns": {"prompt": "question", "completion": "answer"}},
+    }
+    first = http.post("/preflight", json=body).json()
+    kept = [info.key for info in service.store.list(f"{prefix}.reading-")]
+    assert len(kept) == 2  # what was found, and the rows for the overlap
+    # What is there is taken: even if the bytes could not be read any more.
+    service.store.delete(prefix)
+    assert http.post("/preflight", json=body).json() == first
+    assert http.delete(f"/files/{file['id']}").status_code == 200
+    assert list(service.store.list(prefix)) == []
+
+
+def test_tokens_of_a_file_go_with_the_last_file_of_its_bytes(service: Service, http: httpx.Client) -> None:
+    data = CHAT + CHAT.splitlines()[0] + b"\n"
+    first, second = upload(http, "a.jsonl", data), upload(http, "b.jsonl", data)
+    tokens = tokenised_key("a", first["sha256"], "0" * 64)
+    others = tokenised_key("b", first["sha256"], "0" * 64)
+    for key in (tokens, others):
+        service.store.put(key, b"tokens")
+    assert http.delete(f"/files/{first['id']}").status_code == 200
+    assert service.store.info(tokens) is not None
+    assert http.delete(f"/files/{second['id']}").status_code == 200
+    assert service.store.info(tokens) is None
+    assert service.store.info(others) is not None
+
+
+def test_every_data_set_of_a_job_is_in_use_until_it_ends(http: httpx.Client, base: str) -> None:
+    names = ("training", "held-out", "more", "known")
+    ids = {name: upload(http, f"{name}.jsonl", CHAT)["id"] for name in names}
+    body = {
+        "model": base,
+        "training_file": ids["training"],
+        "validation_file": ids["held-out"],
+        "data": {"sources": [{"file": ids["more"], "limit": 7}], "forgetting_file": ids["known"]},
+    }
+    job = http.post("/fine_tuning/jobs", json=body).json()
+    assert [source["rows"] for source in job["data"]["mixture"]] == [7]
+    for file in ids.values():
+        refused = http.delete(f"/files/{file}")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "file_in_use")
+    http.post(f"/fine_tuning/jobs/{job['id']}/cancel")
+    for file in ids.values():
+        assert http.delete(f"/files/{file}").status_code == 200
+
+
+def test_preflight_says_what_the_data_is_and_what_is_in_both_files(http: httpx.Client, base: str) -> None:
+    lines = CHAT.splitlines(keepends=True)
+    training = upload(http, "t.jsonl.gz", gzip.compress(b"".join(lines[:30])))
+    held_out = upload(http, "v.json", b"[" + b",".join(lines[28:36]) + b"]")
+    more = upload(http, "m.jsonl", b"".join(lines[35:36]) * 2)
+    body = {
+        "model": base,
+        "training_file": training["id"],
+        "validation_file": held_out["id"],
+        "training": {"n_epochs": 2, "batch_size": 4},
+    }
+    told = http.post("/preflight", json=body).json()
+    assert (told["training_file"]["container"], told["validation_file"]["container"]) == (
+        "jsonl+gzip",
+        "json_array",
+    )
+    assert (told["rows"], told["steps"]) == (30, 16)
+    assert told["overlap"]["rows"] == 2
+    assert [line for _, line in told["overlap"]["lines"]] == [1, 2]
+    assert any("word for word" in words for words in told["warnings"])
+    assert told["training_file"]["statistics"]["characters"]["max"] == len(lines[29]) - 1
+    mixed = http.post("/preflight", json={**body, "data": {"sources": [{"file": more["id"]}]}}).json()
+    assert (mixed["rows"], mixed["overlap"]["rows"]) == (32, 3)
+    assert mixed["sources"][0]["statistics"]["duplicate_rows"] == 1
+    short = http.post("/preflight", json={**body, "data": {"limit": 29}}).json()
+    assert (short["rows"], short["overlap"]["rows"]) == (29, 1)
+
+
+def test_plain_text_is_read_by_line_paragraph_or_file(http: httpx.Client, base: str) -> None:
+    text = upload(http, "tales.txt", b"Once upon\na time.\n\nThe end.\n\n\nReally.\n")
+    body = {"model": base, "training_file": text["id"]}
+    rows = {
+        documents: http.post("/preflight", json={**body, "data": {"documents": documents}}).json()["rows"]
+        for documents in ("line", "paragraph", "file")
+    }
+    assert rows == {"line": 4, "paragraph": 3, "file": 1}
+    told = http.post("/preflight", json=body).json()
+    assert (told["rows"], told["objective"]["kind"]) == (4, "pretraining")
+    chat = upload(http, "chat.jsonl", CHAT)
+    refused = http.post(
+        "/preflight", json={**body, "training_file": chat["id"], "data": {"documents": "file"}}
+    )
+    assert refused.json()["error"]["param"] == "data.documents"
+
+
 def test_an_upload_that_was_left_open_expires(service: Service, http: httpx.Client) -> None:
     begun = {"bytes": 3, "filename": "a", "mime_type": "x/y", "purpose": "user_data"}
     upload = http.post("/uploads", json=begun).json()["id"]
@@ -285,9 +440,8 @@ def test_two_completions_at_once_make_one_file(service: Service, http: httpx.Cli
     assert sorted(codes) == [200, 409, 409, 409]
     found = http.get("/files").json()["data"]
     assert len(found) == count + 1
-    assert {info.key for info in service.store.list("a/files/")} == {
-        f"a/files/{file['id']}" for file in found
-    }
+    stored = {info.key for info in service.store.list("a/files/")}
+    assert {key for key in stored if ".reading-" not in key} == {f"a/files/{file['id']}" for file in found}
 
 
 BAD_UPLOADS: list[dict[str, Any]] = [

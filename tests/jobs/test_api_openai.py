@@ -10,6 +10,8 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI, AzureOpenAI, OpenAI
+from openai.types.fine_tuning import DpoMethod, ReinforcementMethod
+from openai.types.graders import StringCheckGrader
 from sqlalchemy import update
 
 from jobs import queue
@@ -248,6 +250,106 @@ def test_a_job_from_submit_to_its_adapter(service: Service, client: OpenAI, file
     assert [info.key for info in service.store.list(adapter.location)] == []
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve(done.fine_tuned_model)
+
+
+PAIRS = "".join(
+    json.dumps(
+        {
+            "input": {"messages": [{"role": "user", "content": f"{n}?"}]},
+            "preferred_output": [{"role": "assistant", "content": f"{n}!"}],
+            "non_preferred_output": [{"role": "assistant", "content": "no"}],
+        }
+    )
+    + "\n"
+    for n in range(20)
+).encode()
+PROMPTS = "".join(
+    json.dumps({"messages": [{"role": "user", "content": f"{n} + 1?"}], "answer": str(n + 1)}) + "\n"
+    for n in range(20)
+).encode()
+
+
+def test_a_dpo_job_of_the_client_s_own_types(client: OpenAI) -> None:
+    pairs = client.files.create(file=("pairs.jsonl", PAIRS), purpose="fine-tune").id
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=pairs,
+        validation_file=pairs,
+        method={
+            "type": "dpo",
+            "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2, "batch_size": "auto"}},
+        },
+    )
+    method = job.method
+    assert method is not None
+    assert (method.type, method.supervised, method.reinforcement) == ("dpo", None, None)
+    assert isinstance(method.dpo, DpoMethod)
+    assert method.dpo.hyperparameters is not None
+    assert (method.dpo.hyperparameters.beta, method.dpo.hyperparameters.n_epochs) == (0.2, 2)
+    assert method.dpo.hyperparameters.learning_rate_multiplier == 1
+    assert client.fine_tuning.jobs.retrieve(job.id).method == method
+    extra: Any = job
+    assert extra.objective["kind"] == "dpo"
+    assert extra.training["learning_rate"] == pytest.approx(2e-4 * 0.05)
+    automatic = client.fine_tuning.jobs.create(
+        model=BASE, training_file=pairs, method={"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto"}}}
+    )
+    assert automatic.method is not None
+    assert automatic.method.dpo is not None
+    assert automatic.method.dpo.hyperparameters is not None
+    assert automatic.method.dpo.hyperparameters.beta == 0.1
+    with pytest.raises(openai.BadRequestError, match=r"set method\.type to dpo") as refused:
+        client.fine_tuning.jobs.create(model=BASE, training_file=pairs, method={"type": "supervised"})
+    assert (refused.value.code, refused.value.param) == ("method_required", "method.type")
+
+
+def test_a_reinforcement_job_of_the_client_s_own_types(client: OpenAI) -> None:
+    prompts = client.files.create(file=("prompts.jsonl", PROMPTS), purpose="fine-tune").id
+    grader: Any = {
+        "type": "string_check",
+        "name": "right",
+        "input": "{{sample.output_text}}",
+        "operation": "eq",
+        "reference": "{{item.answer}}",
+    }
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=prompts,
+        validation_file=prompts,
+        method={
+            "type": "reinforcement",
+            "reinforcement": {
+                "grader": grader,
+                "hyperparameters": {"compute_multiplier": 0.5, "eval_samples": 5, "eval_interval": 3},
+            },
+        },
+    )
+    method = job.method
+    assert method is not None
+    assert method.type == "reinforcement"
+    assert isinstance(method.reinforcement, ReinforcementMethod)
+    assert isinstance(method.reinforcement.grader, StringCheckGrader)
+    assert method.reinforcement.grader.reference == "{{item.answer}}"
+    numbers = method.reinforcement.hyperparameters
+    assert numbers is not None
+    assert (numbers.eval_samples, numbers.eval_interval, numbers.reasoning_effort) == (5, 3, "default")
+    extra: Any = job
+    assert extra.objective["group_size"] == 4
+    assert extra.evaluation["grader"] == grader
+    assert extra.evaluation["rows"] == 5
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.create(model=BASE, training_file=prompts)
+    assert refused.value.param == "method.type"
+
+
+def test_a_method_that_openai_has_no_name_for_goes_through_its_client(client: OpenAI) -> None:
+    rows = b"".join(json.dumps({"text": f"text {n}", "score": n / 2}).encode() + b"\n" for n in range(20))
+    file = client.files.create(file=("scores.jsonl", rows), purpose="fine-tune").id
+    body: Any = {"method": {"type": "Regression", "regression": {"hyperparameters": {"n_epochs": 1}}}}
+    job: Any = client.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body=body)
+    assert job.objective["kind"] == "regression"
+    assert job.method.type == "supervised"
+    assert job.method.supervised.hyperparameters.n_epochs == 1
 
 
 def test_a_loop_that_knows_only_openai_s_words_ends(service: Service, client: OpenAI, file: str) -> None:

@@ -148,6 +148,34 @@ def test_models_and_methods(run: Run) -> None:
     assert "team/own" in run("models", "--register", "team/own", uri).stdout
     assert "no/such" in run("models", "--register", "no/such", "file:///no/such", code=2).stderr
     assert "lora" in [method["kind"] for method in json.loads(run("models", "--methods", "--json").stdout)]
+    assert "preference" in run("models", "--objectives").stdout
+    known = json.loads(run("models", "--objectives", "--json").stdout)
+    assert {"dpo", "kto", "pretraining"} <= {objective["kind"] for objective in known}
+    assert all("hyperparameters" in objective["schema"]["properties"] for objective in known)
+
+
+def test_objective_columns_and_template_are_options(run: Run, tmp_path: Path) -> None:
+    rows = "".join(f'{{"q": "{n}?", "a": "{n}!", "b": "no"}}\n' for n in range(20))
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    columns = ("--column", "prompt=q", "--column", "chosen=a", "--column", 'rejected={"text": "{b}."}')
+    said = run(
+        "plan",
+        "pairs.jsonl",
+        "--model",
+        BASE,
+        "--objective",
+        "ipo",
+        *columns,
+        "--template",
+        "chatml",
+        "--json",
+    )
+    told = json.loads(said.stdout)
+    assert (told["objective"]["kind"], told["objective"]["loss"], told["rows"]) == ("dpo", "ipo", 20)
+    assert (
+        "no template"
+        in run("plan", "pairs.jsonl", "--model", BASE, *columns, "--template", "chatmm", code=2).stderr
+    )
 
 
 def test_adapters_and_pull(run: Run, service: Service, tmp_path: Path) -> None:

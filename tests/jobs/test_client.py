@@ -144,6 +144,11 @@ def test_models_bases_and_methods_are_listed(client: Client) -> None:
     assert base.id == BASE
     assert base.parameters > 0
     assert "lora" in [method.kind for method in client.methods()]
+    known = {objective.kind: objective for objective in client.objectives()}
+    assert known["grpo"].names == ["reinforcement", "grpo"]
+    assert "ipo" in known["dpo"].names
+    assert known["dpo"].formats == ["preference"]
+    assert all(each.summary and each.formula and each.paper and each.measure for each in known.values())
 
 
 @pytest.mark.parametrize(
