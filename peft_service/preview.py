@@ -7,7 +7,7 @@ memory, processor time, wall-clock time and output, and without the variables of
 process ends as `template_limits`.
 
 `python -m peft_service.preview` is that process: an order as one line of JSON on stdin (see `Order`), an
-answer on stdout. It never imports torch: to start takes two to three seconds, with torch it would be five.
+answer on stdout. It never imports torch: starting takes two seconds of a processor, twice that with torch.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from peft_service.tokenise import Meaning, Reading, Seen, Tokenised
 
 MAX_ROWS = 100
-ROWS_SECONDS = 8.0
+ROWS_SECONDS = 5.0
 """For the templates of all rows that are shown; reading up to them is not counted."""
 STATISTICS_SECONDS = 60.0
 START_SECONDS = 60.0
@@ -73,30 +73,21 @@ class Order(Frozen):
 def preview(order: Order) -> dict[str, Any]:
     """Look at the rows, in a process of its own.
 
-    Returns `rows`, `statistics` (or None), `warnings`; see docs in README ("Preview").
+    Returns `rows` (with `line`, `file`, what `happened`, `problems`, and `sequences` of `text`, `tokens` and
+    `counts`), `statistics` of all rows (or None), and `warnings`.
 
     Raises:
         InvalidRequest: what training would say; `template_limits` if the process ran out of something.
         TooLarge: the answer has more than 64 MiB.
     """
     seconds = START_SECONDS + ROWS_SECONDS + (STATISTICS_SECONDS if order.statistics else 0)
-    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    environment |= {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        # Arenas and threads would need address space, which is limited.
-        "MALLOC_ARENA_MAX": "2",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
-            env=environment,
+            env=environment(),
             start_new_session=True,
         )
         assert child.stdin is not None
@@ -118,6 +109,20 @@ def preview(order: Order) -> dict[str, Any]:
             child.wait()
             child.stdout.close()
         return _answer(written, code, complaints.read() if complaints.seek(0) == 0 else b"")
+
+
+def environment() -> dict[str, str]:
+    """The variables of the process: none with a key in it, and no settings of this service."""
+    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return passed | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        # Arenas and threads would need address space, which is limited.
+        "MALLOC_ARENA_MAX": "2",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def _answer(written: bytes, code: int, complaints: bytes) -> dict[str, Any]:
@@ -161,16 +166,19 @@ def _raised(answer: dict[str, Any]) -> PeftServiceError:
 class _Clock:
     """The seconds that templates may still take. When they are over, the kernel ends the process."""
 
-    def __init__(self, seconds: float) -> None:
-        self.left = seconds
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    def __init__(self, seconds: float, deadly: bool) -> None:
+        self.left, self.deadly = seconds, deadly
+        if deadly:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def run(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, max(self.left, 0.001))
+        if self.deadly:
+            signal.setitimer(signal.ITIMER_REAL, max(self.left, 0.001))
 
     def stop(self) -> None:
-        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
-        self.left = left or self.left
+        if self.deadly:
+            left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+            self.left = left or self.left
 
 
 def limit(memory: int, seconds: float) -> None:
@@ -185,8 +193,8 @@ def limit(memory: int, seconds: float) -> None:
         resource.setrlimit(what, (most, most))
 
 
-def look(order: Order) -> dict[str, Any]:
-    """The answer to an order, in this process.
+def look(order: Order, *, deadly: bool = False) -> dict[str, Any]:
+    """The answer to an order, in this process, which `deadly` limits of time may end.
 
     Raises:
         InvalidRequest: see `tokenise.tokenise`.
@@ -203,7 +211,7 @@ def look(order: Order) -> dict[str, Any]:
     parts = [(name, Path(path)) for name, path in order.parts]
     special = set(tokenizer.all_special_ids)
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    clock = _Clock(ROWS_SECONDS)
+    clock = _Clock(ROWS_SECONDS, deadly)
     rows, room = [], SHOWN_TOKENS
     for found in seen(
         parts,
@@ -222,7 +230,7 @@ def look(order: Order) -> dict[str, Any]:
     clock.stop()
     statistics, warnings = None, _missing(order.rows, rows)
     if order.statistics:
-        clock = _Clock(STATISTICS_SECONDS)
+        clock = _Clock(STATISTICS_SECONDS, deadly)
         clock.run()
         statistics, more = _statistics(order, parts, tokenizer, special, meaning, reading)
         warnings += more
@@ -425,7 +433,7 @@ def main() -> None:
     seconds = START_SECONDS + ROWS_SECONDS + (STATISTICS_SECONDS if order.statistics else 0)
     limit(MEMORY_BYTES, seconds)
     try:
-        answer = look(order)
+        answer = look(order, deadly=True)
     except MemoryError:
         answer = _told(_limits("it took more memory"))
     except PeftServiceError as error:
