@@ -178,7 +178,7 @@ class PreflightData(BaseModel):
 
 
 class Preflight(BaseModel):
-    """What a job would be. Nothing was started, registered or stored."""
+    """What a job would be. Nothing was started or registered; data from a URI is brought into the project."""
 
     object: Literal["preflight"] = "preflight"
     name: str
@@ -361,8 +361,12 @@ def _sources(caller: Caller, method: Method, base: Base) -> tuple[Source, ...]:
     return tuple(found)
 
 
-def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
-    """Find the request good, or raise; writes nothing.
+def prepare(caller: Caller, raw: dict[str, Any], *, planned: bool = True) -> Prepared:
+    """Find the request good, or raise. Writes nothing but data that a URI names, and what was found out about
+    rows.
+
+    Args:
+        planned: also find out whether and how the cluster can run it.
 
     Raises:
         InvalidRequest: among them UnknownBase and DoesNotFit; `param` names the key.
@@ -391,10 +395,10 @@ def prepare(caller: Caller, raw: dict[str, Any]) -> Prepared:
         Known(base.base, base.info.get("context_length")),
         base.model_shape,
         _sources(caller, wanted.method, base.base),
-        None if teacher is None else teacher.base,
+        None if teacher is None else _as_shaped(teacher),
     )
     _check_graders(caller, resolved.spec, wanted, sources, validation)
-    capacity = seen_capacity(caller)
+    capacity = seen_capacity(caller) if planned else None
     plan = None if capacity is None else make_plan(resolved.spec, base.model_shape, capacity)
     return Prepared(wanted, resolved, base, plan, sources, validation, forgetting, teacher)
 
@@ -423,6 +427,10 @@ def _teacher(caller: Caller, wanted: Wanted, base: BaseRow) -> BaseRow | None:
             param=param,
         )
     return teacher
+
+
+def _as_shaped(row: BaseRow) -> Base:
+    return row.base.model_copy(update={"architecture": row.model_shape.architecture})
 
 
 def _check_graders(

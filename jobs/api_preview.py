@@ -145,7 +145,7 @@ def _split(raw: dict[str, Any]) -> tuple[PreviewOptions, dict[str, Any]]:
 
 
 def _resolved(caller: Caller, job: dict[str, Any]) -> tuple[FineTuneSpec, base_model.ModelShape]:
-    prepared = api_jobs.prepare(caller, job)
+    prepared = api_jobs.prepare(caller, job, planned=False)
     return prepared.resolved.spec, prepared.base.model_shape
 
 
