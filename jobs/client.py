@@ -347,7 +347,7 @@ class Client:
     # ------------------------------------------------------------------------------------------------- jobs
 
     def preflight(self, body: Mapping[str, Any]) -> Preflight:
-        """The plan for this job and its arithmetic; nothing is started."""
+        """The plan for this job, its arithmetic and what its data is; nothing is started."""
         return Preflight.model_validate(self._json("POST", "preflight", dict(body)))
 
     def preview(self, body: Mapping[str, Any]) -> Preview:

@@ -12,6 +12,7 @@ import pytest
 from jobs import client as client_module
 from jobs import queue
 from jobs.client import ChecksumMismatch, Client, Unreachable, check_inside, connect, verify
+from jobs.objectives import objectives
 from jobs.settings import load
 from peft_service.errors import (
     Conflict,
@@ -21,6 +22,8 @@ from peft_service.errors import (
     NotFound,
     UnknownBase,
 )
+from peft_service.formats import FORMATS, format_of
+from peft_service.variants import kind_of
 from tests.jobs.rows import new_job
 from tests.jobs.service import BASE, Service, publish, rows, serving
 
@@ -149,6 +152,40 @@ def test_models_bases_and_methods_are_listed(client: Client) -> None:
     assert "ipo" in known["dpo"].names
     assert known["dpo"].formats == ["preference"]
     assert all(each.summary and each.formula and each.paper and each.measure for each in known.values())
+
+
+GRADER = {
+    "type": "string_check",
+    "name": "right",
+    "input": "{{sample.output_text}}",
+    "operation": "eq",
+    "reference": "4",
+}
+
+
+def test_every_objective_is_planned_and_accepted_on_every_format(client: Client, tmp_path: Path) -> None:
+    ids = {}
+    for format in map(format_of, map(kind_of, FORMATS)):
+        lines = [format.sample]
+        for key, other in (("label", "another"), ("labels", ["another"])):  # two classes at least
+            if format.kind in ("classification", "multi_label") and key in json.loads(format.sample):
+                lines.append(json.dumps(json.loads(format.sample) | {key: other}))
+        path = tmp_path / f"{format.kind}.jsonl"
+        path.write_text("\n".join(lines * 10) + "\n")
+        file = client.upload(path)
+        assert file.model_dump()["format"] == format.kind
+        ids[format.kind] = file.id
+    for kind, variant in objectives().items():
+        beside = {"grader": GRADER, "teacher": BASE}
+        part = {name: value for name, value in beside.items() if name in variant.model_fields}
+        for name in variant.formats:
+            body = {"model": BASE, "training_file": ids[name], "method": {"type": kind, kind: part}}
+            told = client.preflight(body)
+            assert told.plan is not None
+            assert (told.steps or 0) > 0
+            job = client.submit(body)
+            assert (job.objective or {})["kind"] == kind
+            client.cancel(job.id)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import tarfile
 import threading
 import time
@@ -174,6 +175,30 @@ def test_the_result_files_are_the_metrics_and_then_the_adapter(world: World) -> 
     for file in (metrics, archive):
         assert (file.purpose, file.status) == ("fine-tune-results", "processed")
         assert file.bytes == len(world.store.get(file.key))
+
+
+def test_what_else_an_objective_measures_follows_openai_s_columns(world: World) -> None:
+    step = {"type": "step", "step": 1, "total_steps": 4, "train_loss": 0.5, "reward": 0.25, "seconds": 1.0}
+    lines = [
+        json.dumps({**step, "tokens": 9, "loss_scale": None, "words": "no number"}),
+        json.dumps(
+            {"type": "eval", "step": 1, "valid_loss": 0.5, "full_valid_loss": 0.5, "valid_score": 0.75}
+        ),
+        json.dumps({"type": "eval", "step": 4, "forgetting_loss_before": 2.0, "forgetting_loss_after": 2.5}),
+    ]
+    world.launcher.behaviour = {"1": {"nonsense": lines}}
+    row = world.ends(world.scheduler(), queue.submit(world.engine, new_job()).id)
+    with reading(world.engine) as conn:
+        key = conn.scalar(select(files.c.key).where(files.c.id == row.result_files[0]))
+    table = list(csv.reader(io.StringIO(world.store.get(str(key)).decode())))
+    assert table[0] == [
+        *("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"),
+        *("train_mean_token_accuracy", "forgetting_loss_after", "forgetting_loss_before"),
+        *("loss_scale", "reward", "valid_score"),
+    ]
+    assert table[1] == ["1", "0.5", "", "0.5", "", "", "", "", "", "0.25", "0.75"]
+    assert table[4][6:8] == ["2.5", "2.0"]
+    assert "Step 4/4: forgetting_loss_before=2.00, forgetting_loss_after=2.50" in world.messages(row.id)
 
 
 def test_the_catalog_can_be_rebuilt_from_the_store(world: World) -> None:
