@@ -5,6 +5,7 @@ share nothing but the store, so they may be on different machines. `run_locally`
 process.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from peft_service import batches
     from peft_service.attached import Attached
     from peft_service.batches import Batch
+    from peft_service.graders import Allowed
     from peft_service.tokenise import Meaning, Reading, Tokenised
     from peft_service.train import Engine, Progress
 
@@ -52,6 +54,8 @@ class Attempt(Frozen):
     spec: Spec
     plan: dict[str, Any] = Field(default_factory=dict)
     """cluster.plan.Plan as JSON; what is needed of it here comes as arguments."""
+    python_graders: Literal["off", "isolated", "trusted"] = "off"
+    """Whether graders may run scripts on the workers; the operator's setting."""
 
     @property
     def prefix(self) -> str:
@@ -60,6 +64,12 @@ class Attempt(Frozen):
 
 class RunInput(Attempt):
     spec: FineTuneSpec
+
+    def allowed(self) -> "Allowed":
+        """What graders may use on a worker. Models that judge are asked by the API alone."""
+        from peft_service.graders import Allowed
+
+        return Allowed(python=self.python_graders)
 
 
 class Outcome(Frozen):
@@ -124,7 +134,8 @@ def prepare(run: RunInput, store: Store, workdir: Path) -> Prepared:
     key, data, source_rows = shared.of(spec.data.sources, meaning, "training_file")
     validation_key = forgetting_key = None
     if spec.data.validation is not None:
-        validation_key, _, _ = shared.of((spec.data.validation,), meaning, "validation_file")
+        asked = replace(meaning, items=spec.evaluation is not None)
+        validation_key, _, _ = shared.of((spec.data.validation,), asked, "validation_file")
     if spec.data.forgetting is not None:
         plain = Meaning(case.task)
         forgetting_key, _, _ = shared.of((spec.data.forgetting,), plain, "data.forgetting")
@@ -296,27 +307,32 @@ def work(
         metrics.flush()
 
     draw = _draw(spec, data, prepared)
-    generating = _generating(spec, engine, attached, tokenizer, data, validation, microbatch, pad_id)
-    fitted = fit(
-        engine,
-        spec.objective,
-        spec.training,
-        spec.seed,
-        data,
-        validation if not spec.objective.generates else None,
-        microbatch=microbatch,
-        pad_id=pad_id,
-        start=start,
-        log=metrics.write if metrics else _nothing,
-        save=save,
-        stop_requested=lambda: store.info(f"{run.prefix}/stop") is not None,
-        attached=attached,
-        collate=collate,
-        draw=draw,
-        prepare=prepare,
-        rollout=generating.rollout,
-        further=generating.measured,
+    open_until = contextlib.ExitStack()
+    start_id = int(collate["start_id"]) if case.task == "seq2seq_lm" else None
+    generating = _generating(
+        run, engine, attached, tokenizer, data, validation, microbatch, pad_id, start_id, open_until
     )
+    with open_until:
+        fitted = fit(
+            engine,
+            spec.objective,
+            spec.training,
+            spec.seed,
+            data,
+            validation if not spec.objective.generates else None,
+            microbatch=microbatch,
+            pad_id=pad_id,
+            start=start,
+            log=metrics.write if metrics else _nothing,
+            save=save,
+            stop_requested=lambda: store.info(f"{run.prefix}/stop") is not None,
+            attached=attached,
+            collate=collate,
+            draw=draw,
+            prepare=prepare,
+            rollout=generating.rollout,
+            further=generating.measured,
+        )
     done = fitted.progress
     result = WorkResult(
         state="succeeded" if fitted.finished else "stopped",
@@ -619,7 +635,7 @@ class _Generating:
 
 
 def _generating(
-    spec: FineTuneSpec,
+    run: RunInput,
     engine: "Engine",
     attached: "Attached",
     tokenizer: Any,
@@ -627,8 +643,39 @@ def _generating(
     validation: "Tokenised | None",
     microbatch: int,
     pad_id: int,
+    start_id: int | None,
+    open_until: contextlib.ExitStack,
 ) -> _Generating:
-    return _Generating()
+    from peft_service.graders import Judge
+    from peft_service.objectives.grpo import GRPO
+    from peft_service.rollout import evaluate_generation, rollout
+
+    spec, made = run.spec, _Generating()
+    objective, evaluation = spec.objective, spec.evaluation
+    allowed = run.allowed()
+    if isinstance(objective, GRPO):
+        judge = open_until.enter_context(Judge(objective.grader, allowed))
+
+        def answered(rows: "Sequence[int]", step: int) -> "tuple[list[Batch], dict[str, float]]":
+            return rollout(
+                engine, attached, tokenizer, objective, judge, data, data.item, rows, step,
+                seed=spec.seed, microbatch=microbatch, pad_id=pad_id, start_id=start_id,
+            )  # fmt: skip
+
+        made = replace(made, rollout=answered)
+    if evaluation is not None and validation is not None:
+        asked, examiner = validation, open_until.enter_context(Judge(evaluation.grader, allowed))
+
+        def measured() -> dict[str, float]:
+            told = evaluate_generation(
+                engine, attached, tokenizer, examiner, asked, asked.item,
+                max_new_tokens=evaluation.max_new_tokens, microbatch=microbatch, pad_id=pad_id,
+                temperature=evaluation.temperature, seed=spec.seed, most_rows=evaluation.rows,
+            )  # fmt: skip
+            return {"valid_score": told.pop("reward")} | {f"valid_{name}": x for name, x in told.items()}
+
+        made = replace(made, measured=measured)
+    return made
 
 
 def _draw(spec: FineTuneSpec, data: "Tokenised", prepared: Prepared) -> "batches.Draw | None":

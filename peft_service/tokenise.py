@@ -342,6 +342,8 @@ class Meaning:
     labels: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     rows: Rows = "text"
+    items: bool = False
+    """Keep the rows for graders, beside their tokens."""
 
 
 @dataclass(frozen=True)
@@ -688,7 +690,8 @@ class _Rows:
             try:
                 task = _number(example.task, meaning.tasks, "task") if meaning.tasks else None
                 numbers = _numbers(example, meaning)
-                row = _Pending(line, file, task=task, numbers=numbers)
+                item = _item(example, line) if meaning.items else None
+                row = _Pending(line, file, task=task, numbers=numbers, item=item)
                 for each in self._turns(example):
                     yield self._row(row, each, labelled)
             except _Bad as bad:
@@ -714,8 +717,7 @@ class _Rows:
         both = (example, example.rejected) if example.rejected is not None else (example,)
         if meaning.rows == "prompts":
             text = template.question(row.line, example, self.report)
-            item = example.item if example.item is not None else _item(example)
-            return replace(row, texts=(text,), item=json.dumps(item, ensure_ascii=False).encode())
+            return replace(row, texts=(text,), item=_item(example, row.line))
         if meaning.task == "seq2seq_lm":
             asked = [template.asked(each) for each in both]
             return replace(row, sequences=tuple(labelled.sequence(example, each) for each in asked))
@@ -781,13 +783,13 @@ class _Rows:
         return sequence
 
 
-def _item(example: Example) -> dict[str, Any]:
-    """What graders see of a row that has an answer: the answer is their reference."""
-    if example.messages:
-        last = example.messages[-1]
-        answer = last["content"] if last["role"] == "assistant" else None
-        return {"messages": list(example.messages), "completion": answer}
-    return {"prompt": example.prompt, "completion": example.completion}
+def _item(example: Example, line: Record) -> bytes:
+    """What graders see, as JSON: the row, and of one that has an answer that as `completion`, their
+    reference."""
+    item = dict(example.item or line.row or {})
+    if "completion" not in item and example.messages and example.messages[-1]["role"] == "assistant":
+        item["completion"] = example.messages[-1]["content"]
+    return json.dumps(item, ensure_ascii=False).encode()
 
 
 def _numbers(example: Example, meaning: Meaning) -> tuple[float, ...] | None:
@@ -813,14 +815,13 @@ def _examples(
         for line in records(path, name, documents=reading.documents):
             if reading.limit is not None and taken >= reading.limit:
                 return
-            example = _example(line, shape, report, reading)
-            if example is not None:
+            if (good := _good(line, shape, report, reading)) is not None:
                 taken += 1
-                yield file, line, example
+                yield file, *good
 
 
-def _example(line: Record, shape: Format, report: _Report, reading: Reading) -> Example | None:
-    """What a record teaches; None: its problems went to the report."""
+def _good(line: Record, shape: Format, report: _Report, reading: Reading) -> tuple[Record, Example] | None:
+    """(record, its row in the keys of the format, what it teaches); None: its problems went to the report."""
     row, problems = line.row, list(line.problems)
     if row is not None and reading.columns is not None:
         row, found = mapped(row, reading.columns)
@@ -832,7 +833,7 @@ def _example(line: Record, shape: Format, report: _Report, reading: Reading) -> 
         for problem in problems:
             report.bad(line, problem)
         return None
-    return shape.messages_or_text(row)
+    return line._replace(row=row), shape.messages_or_text(row)
 
 
 @dataclass(frozen=True)
@@ -875,9 +876,9 @@ def seen(
                 break
             if yes:
                 report = _Report(too_long, max_seq_len)
-                example = _example(record, shape, report, reading)
+                good = _good(record, shape, report, reading)
                 rows = _Rows(tokenizer, meaning, reading, template, report)
-                found = tuple(rows.of([] if example is None else [(file, record, example)]))
+                found = tuple(rows.of([] if good is None else [(file, *good)]))
                 yield Seen(file, record, found, report.counts, report.lost_tokens, tuple(report.problems))
 
 
@@ -1279,6 +1280,7 @@ class _Template:
             ValueError,
             LookupError,
             AttributeError,
+            ArithmeticError,
             RecursionError,
         ) as error:
             message = f"The chat template refuses the row: {clean(str(error))[:300]}"

@@ -255,7 +255,8 @@ def train_step(
     method = attached or Attached(engine.model)
     counts = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in microbatches:
-        counts += torch.stack([objective.targets(batch), batch.mask_BT.sum()])
+        # A batch without rows only fills a rank's share: its tokens are nobody's.
+        counts += torch.stack([objective.targets(batch), batch.mask_BT.sum() * bool(batch.rows)])
     targets, tokens = (int(count) for count in engine.all_sum(counts))
     if targets == 0:
         raise InvalidTrainingFile("no token of this step is to be learned")
@@ -433,6 +434,7 @@ def fit(
         last = number == steps
         improved = False
         every = training.eval_steps or per_epoch
+        evaluation: dict[str, float] = {}
         if validation is not None and (last or number % every == 0):
             found = evaluate(
                 engine,
@@ -448,8 +450,10 @@ def fit(
                 "valid_loss": found.loss,
                 "valid_mean_token_accuracy": found.accuracy,
                 "full_valid_loss": found.loss,
-                **(further() if further is not None else {}),
             }
+        if further is not None and (last or number % every == 0):
+            evaluation |= further()
+        if evaluation:
             metrics.update(evaluation)
             progress, improved = _judged(replace(progress, metrics=dict(metrics)), training)
             if engine.rank == 0:
@@ -479,8 +483,11 @@ _SELECTED = {"loss": "valid_loss", "accuracy": "valid_mean_token_accuracy", "sco
 
 def _judged(progress: Progress, training: Training) -> tuple[Progress, bool]:
     """The progress after an evaluation, and whether that was the best so far."""
-    value = float((progress.metrics or {})[_SELECTED[training.select_by]])
-    sign = 1 if training.select_by == "loss" else -1
+    told = progress.metrics or {}
+    # Of an objective that generates there is no loss on held-out rows: their score is what there is.
+    select = training.select_by if _SELECTED[training.select_by] in told else "score"
+    value = float(told[_SELECTED[select]])
+    sign = 1 if select == "loss" else -1
     best = progress.best
     better = best is None or sign * value < sign * best.value - training.early_stopping_threshold
     if better:
