@@ -13,6 +13,9 @@ from peft_service.errors import RunFailed
 from peft_service.run import Prepared, RunInput, work
 from peft_service.store import open_store, patient
 
+JUDGE_KEY = "PEFT_SERVICE_JUDGE_KEY"
+"""Variable of a node's environment with the key for models that judge: Ray shows what a job is told."""
+
 
 def main(config: dict[str, Any]) -> dict[str, Any]:
     """Do this rank's share of the run; the value of rank 0 goes back to the driver.
@@ -24,6 +27,7 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
+    from cluster import judge
     from cluster.engine import ZeroEngine, prepare_process
     from peft_service.attached import Attached
     from peft_service.spec import Training
@@ -62,6 +66,7 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
             precision=plan.precision,
             microbatch=plan.microbatch,
             gradient_checkpointing=plan.gradient_checkpointing,
+            allowed=judge.allowed(run.python_graders, run.judge_url, os.environ.get(JUDGE_KEY)),
         )
     return dataclasses.asdict(result)
 

@@ -114,7 +114,7 @@ class Scheduler:
         fits: Fits = planning.fits,
         replan: Callable[[JobRow, Capacity], Plan | None] | None = None,
         publish: Publish | None = None,
-        python_graders: str = "off",
+        graders: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -123,14 +123,14 @@ class Scheduler:
             max_failures: attempts in a row without a new checkpoint before the job fails.
             head: how much of the queue a pass looks at.
             replan: a plan on this smaller cluster for an elastic job, or None.
-            python_graders: whether graders may run scripts on the workers (`Attempt.python_graders`).
+            graders: what they may use on the workers: `python_graders` and `judge_url` of an Attempt.
         """
         self.owner = queue.new_id("scheduler-")
         self._engine = engine
         self._store = store
         self._launcher = launcher
         self._read_capacity = capacity
-        self._python_graders = python_graders
+        self._graders = dict(graders or {})
         self._pace = pace
         self._policy = policy or PriorityFIFO()
         self._max_failures = max_failures
@@ -397,7 +397,7 @@ class Scheduler:
             "project": row.project_id,
             "spec": row.spec,
             "plan": row.plan,
-            "python_graders": self._python_graders,
+            **self._graders,
         }
         self._store.put(f"{prefix}/input.json", json.dumps(run, sort_keys=True).encode())
         self._launcher.start(name, prefix, Plan.model_validate(row.plan))

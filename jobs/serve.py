@@ -136,7 +136,7 @@ def scheduler_of(settings: Settings) -> "Scheduler":
         ),
         max_failures=settings.max_failures,
         replan=replan,
-        python_graders=settings.python_graders,
+        graders={"python_graders": settings.python_graders, "judge_url": settings.judge_url},
     )
 
 

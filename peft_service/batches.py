@@ -267,7 +267,8 @@ def _batch(
             sequence_BT = np.broadcast_to(np.arange(least)[:, None], sequence_BT.shape).copy()
     task_B = None
     if tokenised.row_tasks is not None:
-        task_B = np.array([tokenised.row_tasks[row] for row in rows] or [0], dtype=np.int64)
+        # For each line: of pairs, both are of the row's task.
+        task_B = np.repeat(np.array([tokenised.row_tasks[row] for row in rows] or [0], dtype=np.int64), count)
         if task == "sequence_classification" and tokenised.class_tasks is not None:
             allowed_BC = tokenised.class_tasks[None, :classes] == task_B[:, None]
     values_BK = reference_S = None

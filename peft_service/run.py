@@ -56,6 +56,8 @@ class Attempt(Frozen):
     """cluster.plan.Plan as JSON; what is needed of it here comes as arguments."""
     python_graders: Literal["off", "isolated", "trusted"] = "off"
     """Whether graders may run scripts on the workers; the operator's setting."""
+    judge_url: str | None = None
+    """Where models that judge are asked; its key is in the workers' environment, never here."""
 
     @property
     def prefix(self) -> str:
@@ -64,12 +66,6 @@ class Attempt(Frozen):
 
 class RunInput(Attempt):
     spec: FineTuneSpec
-
-    def allowed(self) -> "Allowed":
-        """What graders may use on a worker. Models that judge are asked by the API alone."""
-        from peft_service.graders import Allowed
-
-        return Allowed(python=self.python_graders)
 
 
 class Outcome(Frozen):
@@ -177,8 +173,11 @@ def work(
     precision: str,
     microbatch: int,
     gradient_checkpointing: bool,
+    allowed: "Allowed | None" = None,
 ) -> WorkResult:
     """Train on this rank, from the newest checkpoint of any attempt, and stage the adapter. Collective.
+
+    `allowed` is what graders may use; None: scripts as the attempt says, and no models.
 
     Raises:
         Diverged: the loss is not finite.
@@ -310,7 +309,7 @@ def work(
     open_until = contextlib.ExitStack()
     start_id = int(collate["start_id"]) if case.task == "seq2seq_lm" else None
     generating = _generating(
-        run, engine, attached, tokenizer, data, validation, microbatch, pad_id, start_id, open_until
+        run, allowed, engine, attached, tokenizer, data, validation, microbatch, pad_id, start_id, open_until
     )
     with open_until:
         fitted = fit(
@@ -636,6 +635,7 @@ class _Generating:
 
 def _generating(
     run: RunInput,
+    allowed: "Allowed | None",
     engine: "Engine",
     attached: "Attached",
     tokenizer: Any,
@@ -646,13 +646,13 @@ def _generating(
     start_id: int | None,
     open_until: contextlib.ExitStack,
 ) -> _Generating:
-    from peft_service.graders import Judge
+    from peft_service.graders import Allowed, Judge
     from peft_service.objectives.grpo import GRPO
     from peft_service.rollout import evaluate_generation, rollout
 
     spec, made = run.spec, _Generating()
     objective, evaluation = spec.objective, spec.evaluation
-    allowed = run.allowed()
+    allowed = allowed or Allowed(python=run.python_graders)
     if isinstance(objective, GRPO):
         judge = open_until.enter_context(Judge(objective.grader, allowed))
 
