@@ -91,6 +91,10 @@ class Attached:
             | {"base_model_name_or_path": base[0], "revision": base[1]}
             | fields
         )
+        # A set's order is another in every process, and so the file's bytes would be.
+        for live in model.peft_config.values():
+            sets = [name for name, value in vars(live).items() if isinstance(value, set)]
+            told |= {name: sorted(told[name]) for name in sets if isinstance(told.get(name), list)}
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n")
 
 
