@@ -70,6 +70,10 @@ class Sequence(BaseModel):
     """Which row of training this is, of those that the line became: 0, unless it was split."""
     name: Literal["", "chosen", "rejected"]
     text: str
+    """What its tokens hold, as the template wrote it."""
+    before: int
+    """Characters before that: cut, or in another row."""
+    after: int
     tokens: list[Token]
     tokens_left_out: int
     """Not listed here, so that an answer stays readable; they are trained on all the same."""

@@ -64,8 +64,16 @@ def pieces(sequence: Found) -> Iterator[tuple[str, bool, bool, list[Found]]]:
         shown = text[start:end] or "".join(token["text"] for token in tokens if token.get("special"))
         yield shown, any(token["trained"] for token in tokens), special, tokens
         at = max(at, end)
-    if not sequence["tokens_left_out"] and at < len(text):
+    if at < len(text):
         yield text[at:], False, False, []
+
+
+def outside(sequence: Found) -> tuple[str, str]:
+    """What to write before and behind a sequence: text that is not in it."""
+    before = f"✂ {sequence['before']:,} characters ✂" if sequence["before"] else ""
+    if sequence["tokens_left_out"]:
+        return before, f"… {sequence['tokens_left_out']:,} more tokens"
+    return before, f"✂ {sequence['after']:,} characters ✂" if sequence["after"] else ""
 
 
 def heading(row: Found, sequence: Found | None) -> str:
@@ -143,8 +151,6 @@ def show(found: Found, console: "Console") -> None:
             console.print(Text(printable(heading(row, sequence)), style="bold"))
             if sequence is not None:
                 console.print(_text(sequence, plain), soft_wrap=True)
-                if sequence["tokens_left_out"]:
-                    console.print(Text(f"… {sequence['tokens_left_out']:,} more tokens", style="dim"))
         for words in remarks(row):
             console.print(Text(printable(words), style="yellow"))
         for words in problems(row):
@@ -160,7 +166,8 @@ def show(found: Found, console: "Console") -> None:
 def _text(sequence: Found, plain: bool) -> Any:
     from rich.text import Text
 
-    made, inside = Text(), False
+    before, after = outside(sequence)
+    made, inside = Text(before, style="red"), False
     for text, learned, special, _ in pieces(sequence):
         if plain and learned != inside:
             made.append("«" if learned else "»")
@@ -169,7 +176,7 @@ def _text(sequence: Found, plain: bool) -> Any:
         made.append(printable(text), style=f"{colour} reverse" if special else colour)
     if plain and inside:
         made.append("»")
-    return made
+    return made.append(after, style="red")
 
 
 # ----------------------------------------------------------------------------------------------------- HTML
@@ -182,6 +189,7 @@ pre { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wr
   border: 1px solid #8886; border-radius: 6px; padding: .6rem .8rem; }
 i { font-style: normal; border-left: 1px solid #8889; opacity: .62; }
 i.y { opacity: 1; background: #2ea04344; border-left-color: #2ea043; }
+b { font-weight: normal; }
 i.s { font-weight: 600; background: #8883; } i.s.y { background: #2ea04388; }
 p { margin: .3rem 0; } .w { color: #9a6700; } .e { color: #d1242f; }
 table { border-collapse: collapse; } td { padding: .1rem 1.2rem .1rem 0; vertical-align: top; }
@@ -201,9 +209,8 @@ def page(found: Found, title: str) -> str:
             body.append(f"<h2>{_html(heading(row, sequence))}</h2>")
             if sequence is not None:
                 spans = "".join(_span(*piece) for piece in pieces(sequence))
-                left_out = sequence["tokens_left_out"]
-                more = f" … {left_out:,} more tokens" if left_out else ""
-                body.append(f"<pre>{spans}{more}</pre>")
+                before, after = (f'<b class="e">{words}</b>' if words else "" for words in outside(sequence))
+                body.append(f"<pre>{before}{spans}{after}</pre>")
         body += [f'<p class="w">{_html(words)}</p>' for words in remarks(row)]
         body += [f'<p class="e">{_html(words)}</p>' for words in problems(row)]
     if found["statistics"] is not None:

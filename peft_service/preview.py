@@ -274,12 +274,15 @@ def _row(
         for place, sequence in enumerate(row.sequences):
             text = row.texts[place].text if row.texts else ""
             shown, text = _tokens(sequence, text, tokenizer, special, meaning.labels, room)
+            text, before, after = _own(text, shown)
             room -= len(shown)
             sequences.append(
                 {
                     "row": index,
                     "name": ("chosen", "rejected")[place] if len(row.sequences) == 2 else "",
                     "text": text,
+                    "before": before,
+                    "after": after,
                     "tokens": shown,
                     "tokens_left_out": len(sequence.ids) - len(shown),
                     "counts": {"tokens": len(sequence.ids), "trained": int(sequence.mask.sum())},
@@ -335,6 +338,19 @@ def _tokens(
         made.append(token)
         at = max(at, end)
     return made, text if sequence.offsets is not None else "".join(pieces)
+
+
+def _own(text: str, tokens: list[dict[str, Any]]) -> tuple[str, int, int]:
+    """(the part of the text that the tokens hold, characters before it, and behind it); the tokens' places
+    become those in it. A long document is split into many rows, and none shows all of it."""
+    start = tokens[0]["start"] if tokens else 0
+    start = start if text[:start].strip() else 0
+    end = max((token["end"] for token in tokens), default=0)
+    end = end if text[end:].strip() or not tokens else len(text)
+    for token in tokens:
+        token["start"] -= start
+        token["end"] -= start
+    return text[start:end], start, len(text) - end
 
 
 def _problem(problem: "Problem") -> dict[str, Any]:

@@ -194,6 +194,26 @@ def test_pairs_show_both_sequences_and_labels_are_named(tmp_path: Path) -> None:
     assert [row["sequences"][0]["label"] for row in rows] == ["yes", "no"]
 
 
+def test_a_cut_row_shows_its_own_text_and_how_much_is_not_in_it(tmp_path: Path) -> None:
+    text = LONG + "two"
+    for too_long in ("left", "right"):
+        rows = [{"prompt": LONG[:-4], "completion": LONG[-4:] + "two"}]
+        if too_long == "right":
+            rows = [{"prompt": LONG[:4], "completion": LONG[4:] + "two"}]
+        asked = order(tmp_path / "d.jsonl", rows, "prompt_completion", too_long=too_long, max_seq_len=16)
+        (row,) = look(asked)["rows"]
+        (sequence,) = row["sequences"]
+        end = len(text) - sequence["after"]
+        assert sequence["text"] == text[sequence["before"] : end]
+        assert (sequence["before"] > 0, sequence["after"] > 0) == (too_long == "left", too_long == "right")
+        for token in sequence["tokens"]:
+            if not token.get("special"):
+                assert sequence["text"][token["start"] : token["end"]] == token["text"]
+    pieces = look(order(tmp_path / "d.jsonl", **CASES["text split"]))["rows"][0]["sequences"]
+    assert all(LONG[piece["before"] :].startswith(piece["text"]) for piece in pieces)
+    assert pieces[-1]["before"] + len(pieces[-1]["text"]) == len(LONG)
+
+
 def test_lines_are_chosen_and_absent_ones_named(tmp_path: Path) -> None:
     rows = [chat(f"{n}", f"{n}!") for n in range(20)]
     found = look(order(tmp_path / "d.jsonl", rows, "chat", rows_=(3, 17, 40)))
