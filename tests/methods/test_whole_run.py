@@ -4,6 +4,7 @@ Request, spec, plan, tokenising, training, checkpoint, staging, gate, manifest a
 only Ray and the gate's own process are left out, which `tests/end_to_end/test_methods.py` has.
 """
 
+import hashlib
 import json
 import time
 import zlib
@@ -11,7 +12,7 @@ import zlib
 import pytest
 
 from cluster.plan import Capacity, Node, make_plan
-from jobs.request import Known, read, resolve
+from jobs.request import Files, Known, read, resolve
 from peft_service import adapter, artifact, base_model, catalog, gate, methods
 from peft_service.errors import InvalidRequest
 from peft_service.formats import format_of
@@ -38,16 +39,7 @@ def store(tmp_path_factory):
 def gate_here(monkeypatch):
     """The gate's checks in this process: its libraries would be loaded forty times."""
 
-    def prove(staged, base, probe, spec, case, *, precision, stored, process=None):
-        checked = gate.checks_of(
-            adapter=str(staged), base=str(base), probe=str(probe), precision=precision,
-            quantize=spec.base.quantize, format=spec.data.training.format,
-            max_seq_len=spec.training.max_seq_len, too_long=spec.data.too_long, stored=stored,
-            case=case.model_dump(mode="json"),
-        )  # fmt: skip
-        return tuple(checked)
-
-    monkeypatch.setattr(gate, "prove", prove)
+    monkeypatch.setattr(gate, "_asked", lambda arguments, process: tuple(gate.checks_of(**arguments)))
 
 
 def uploaded(store, task, tasks, count=24):
@@ -59,7 +51,7 @@ def uploaded(store, task, tasks, count=24):
     format = bases.format_of_task(task)
     assert not any(format_of(format).problems(row) for row in rows)
     return DataFile(
-        id="file-1", key=key, sha256="0" * 64, rows=count, format=format,
+        id="file-1", key=key, sha256=hashlib.sha256(data).hexdigest(), rows=count, format=format,
         labels=bases.labels_of(task, tasks), tasks=tasks,
     )  # fmt: skip
 
@@ -84,7 +76,7 @@ def run(store, tmp_path, published, trial, adapter_request, sources, name, **tra
     wanted = read(body)
     known = Known(Base(id=f"tiny/{trial.base}", uri=f"file://{directory}"), context_length=128)
     file = uploaded(store, trial.task, trial.tasks)
-    spec = resolve(wanted, file, None, known, shape, sources).spec
+    spec = resolve(wanted, Files(file), known, shape, sources).spec
     plan = make_plan(spec, shape, CAPACITY)
     assert plan.trainable_parameters >= 0
     job = f"ftjob-{zlib.crc32(name.encode()):012x}"
