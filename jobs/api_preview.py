@@ -38,7 +38,7 @@ class PreviewOptions(Frozen):
     ) = 3
     """Their lines (of every file, in a data set of several), or how many from the beginning."""
     statistics: bool = False
-    """Also tokenise all rows: tokens, lengths, the share that is learned, what is cut, how full lines are."""
+    """Also tokenise all rows (20,000 at most): lengths, the share that is learned, what is cut, packing."""
     source: int = Field(0, ge=0)
     """Which data set: 0 is `training_file`, then those of `data.sources` in their order."""
 

@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,8 @@ MEMORY_BYTES = 2 << 30
 OUTPUT_BYTES = 64 << 20
 SHOWN_TOKENS = 100_000
 """Of all rows together; further ones are counted in `tokens_left_out`."""
-PACKED_ROWS = 200_000
-"""The packing of a larger file is estimated from so many rows at its beginning."""
+STATISTICS_ROWS = 20_000
+"""A larger file's statistics are those of its beginning, and say so."""
 _PASSED_ON = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
 
 
@@ -67,7 +68,7 @@ class Order(Frozen):
     rows: tuple[int, ...] | int = 3
     """Lines, or how many rows from the beginning; 100 at most."""
     statistics: bool = False
-    """Also tokenise all rows."""
+    """Also tokenise all rows, 20,000 at most."""
 
 
 def preview(order: Order) -> dict[str, Any]:
@@ -372,6 +373,9 @@ def _statistics(
 
     spec = order.spec
     file, training = spec.data.sources[order.source], spec.training
+    complete = file.rows <= STATISTICS_ROWS
+    if not complete:
+        reading = replace(reading, limit=STATISTICS_ROWS)
     made = tokenise(parts, file.format, tokenizer, training.max_seq_len, spec.data.too_long, meaning, reading)
     found = dict(made.statistics)
     found["trained_share"] = round(found["target_tokens"] / max(1, found["tokens"]), 4)
@@ -381,7 +385,8 @@ def _statistics(
     learns_to_stop = meaning.rows in ("text", "pairs", "unpaired")
     found["eos_in_targets"] = not ends.get("", 0) if learns_to_stop else None
     found["bos_twice"] = twice
-    rows = spec.data.rows - file.rows + made.rows
+    found["complete"] = complete
+    rows = spec.data.rows - file.rows + made.rows if complete else spec.data.rows
     found["steps"] = steps_of(rows, training)
     template = tokenizer.chat_template
     found["template_sha256"] = (
@@ -392,6 +397,8 @@ def _statistics(
         ).hexdigest()
     )
     warnings = []
+    if not complete:
+        warnings.append(f"the statistics are of the first {STATISTICS_ROWS:,} of {file.rows:,} rows")
     if twice:
         warnings.append(
             f"{twice} rows begin with two {tokenizer.bos_token} tokens: the template writes one and the "
@@ -421,10 +428,10 @@ def _packing(made: "Tokenised", capacity: int) -> dict[str, Any]:
 
     from peft_service.packing import best_fit
 
-    lengths = np.diff(made.offsets)[:PACKED_ROWS].tolist()
+    lengths = np.diff(made.offsets).tolist()
     lines = len(best_fit(lengths, capacity))
     full = round(sum(lengths) / max(1, lines * capacity), 4)
-    return {"lines": lines, "full": full, "sequences": len(lengths)}
+    return {"lines": lines, "full": full}
 
 
 def _ends(made: "Tokenised", tokenizer: Any, special: set[int]) -> tuple[Counter[str], int]:
@@ -447,7 +454,9 @@ def main() -> None:
     """The process: an order on stdin, its answer on stdout."""
     order = Order.model_validate_json(sys.stdin.buffer.readline())
     seconds = START_SECONDS + ROWS_SECONDS + (STATISTICS_SECONDS if order.statistics else 0)
-    limit(MEMORY_BYTES, seconds)
+    # Tokens of all rows are in files, which are mapped, and that is address space too.
+    mapped = 8 * sum(os.path.getsize(path) for _, path in order.parts) if order.statistics else 0
+    limit(MEMORY_BYTES + mapped, seconds)
     try:
         answer = look(order, deadly=True)
     except MemoryError:

@@ -27,6 +27,9 @@ LIGHT = [
     "jobs.api",
     "jobs.client",
     "jobs.cli",
+    "jobs.imports",
+    "jobs.preview",
+    "peft_service.preview",
 ]
 
 SCRIPT = """

@@ -22,6 +22,7 @@ import pytest
 
 from jobs import files, https, imports
 from jobs.caller import Caller
+from jobs.client import Client
 from jobs.https import is_public, place_of
 from jobs.settings import Settings
 from peft_service.errors import (
@@ -174,6 +175,9 @@ def test_rest_imports_downloads_a_tar_and_deletes(folder: Path, tmp_path: Path) 
                 assert member is not None
                 assert member.read() == rows(100)
             assert [one["id"] for one in http.get("/files").json()["data"]] == [file["id"]]
+            with Client(service.url, service.keys["a"]) as client:
+                assert client.import_file(folder.as_uri()).id == file["id"]
+                assert b"".join(client.content(file["id"])) == content.content
             assert http.delete(f"/files/{file['id']}").status_code == 200
             assert list(service.store.list("a/files/")) == []
             typo = http.post("/files/import", json={"ur": folder.as_uri()}).json()["error"]

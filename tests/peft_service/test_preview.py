@@ -253,6 +253,17 @@ def test_statistics_are_those_of_training_and_more(tmp_path: Path) -> None:
     assert found["template_sha256"] == hashlib.sha256(jinja).hexdigest()
 
 
+def test_statistics_of_a_large_file_are_of_its_beginning_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview, "STATISTICS_ROWS", 10)
+    rows = [chat(f"what is {n}?", f"{n} it is") for n in range(25)]
+    found = look(order(tmp_path / "d.jsonl", rows, "chat", statistics=True, batch_size=5, n_epochs=1))
+    assert (found["statistics"]["rows"], found["statistics"]["complete"]) == (10, False)
+    assert found["statistics"]["steps"] == 5  # of all rows
+    assert found["warnings"] == ["the statistics are of the first 10 of 25 rows"]
+
+
 def test_a_model_that_would_not_learn_to_stop_is_warned_of(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"input_ids": [0, 0, 200, 201], "labels": [-100, -100, 200, 201]}]  # 0 is its BOS
