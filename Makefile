@@ -57,12 +57,14 @@ check: $(VENV)/developer ## lint, format, types, import rules, docs in step with
 	@$(BIN)/lint-imports
 	@$(BIN)/python tools/check_docs.py
 	@$(BIN)/python tools/method_docs.py --check
+	@$(BIN)/python tools/data_docs.py --check
 
 format: $(VENV)/developer ## put the code into its standard format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/python tools/check_docs.py --write
 	@$(BIN)/python tools/method_docs.py
+	@$(BIN)/python tools/data_docs.py
 
 bench: $(VENV)/developer ## the figures of the README: latency, listing, time to first step, own share
 	@$(BIN)/python -m tests.benchmarks.run
