@@ -37,7 +37,12 @@ class File(BaseModel):
     status_details: str | None = None
     sha256: str
     format: str | None = None
-    """Kind of record that was recognised, for purpose `fine-tune`."""
+    """Kind of record that was recognised, for purpose `fine-tune`; null: a job has to say what its columns
+    mean (`data.columns`)."""
+    container: str | None = None
+    """What the file is made of: `jsonl`, `csv+gzip`, …"""
+    columns: dict[str, int] | None = None
+    """Names of the columns -> rows that have them."""
     rows: int | None = None
     statistics: dict[str, Any] | None = None
     warnings: list[str] = []
@@ -330,6 +335,8 @@ def file_of(row: FileRow) -> File:
         expires_at=None if row.expires_at is None else int(row.expires_at),
         sha256=row.sha256,
         format=row.format,
+        container=report.get("container"),
+        columns=report.get("columns"),
         rows=row.rows,
         statistics=report.get("statistics"),
         warnings=report.get("warnings", []),

@@ -10,10 +10,15 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import update
+from sqlalchemy import Engine, update
 
+from jobs import files as file_rows
+from jobs import queue
 from jobs.db import files, uploads, writing
+from peft_service.errors import Conflict
 from peft_service.run import tokenised_key
+from peft_service.store import open_store
+from tests.jobs.rows import PROJECT, new_job, spec
 from tests.jobs.serving import BASE, CHAT, Service, serving
 
 MIB = 1 << 20
@@ -273,6 +278,7 @@ def test_a_file_of_no_known_format_goes_in_and_a_job_says_what_its_columns_mean(
 ) -> None:
     file = upload(http, "questions.jsonl", QUESTIONS)
     assert (file["status"], file["format"], file["rows"]) == ("processed", None, 30)
+    assert (file["container"], file["columns"]) == ("jsonl", {"question": 30, "answer": 30})
     assert any('{"prompt": "question", "completion": "answer"}' in words for words in file["warnings"])
     job = {"model": base, "training_file": file["id"]}
     refused = http.post("/fine_tuning/jobs", json=job).json()["error"]
@@ -353,6 +359,27 @@ def test_every_data_set_of_a_job_is_in_use_until_it_ends(http: httpx.Client, bas
     http.post(f"/fine_tuning/jobs/{job['id']}/cancel")
     for file in ids.values():
         assert http.delete(f"/files/{file}").status_code == 200
+
+
+def test_a_file_is_found_in_every_place_of_a_spec_on_both_databases(engine: Engine, tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    (tmp_path / "file").write_bytes(b"x")
+    options: dict[str, Any] = {"filename": "f", "purpose": "user_data", "size": 1, "expires_after": None}
+    made = [
+        file_rows.add(engine, store, PROJECT, tmp_path / "file", sha256=str(n) * 64, **options).id
+        for n in range(5)
+    ]
+    data: dict[str, Any] = spec().data.training.model_dump()
+    training, more, held_out, known = ({**data, "id": id} for id in made[:4])
+    whole = {"training": training, "mixture": [more], "validation": held_out, "forgetting": known}
+    job = queue.submit(engine, new_job(spec=spec(data=whole)))
+    for id in made[:4]:
+        with pytest.raises(Conflict):
+            file_rows.remove(engine, store, PROJECT, id)
+    file_rows.remove(engine, store, PROJECT, made[4])
+    queue.cancel(engine, PROJECT, job.id)
+    for id in made[:4]:
+        file_rows.remove(engine, store, PROJECT, id)
 
 
 def test_preflight_says_what_the_data_is_and_what_is_in_both_files(http: httpx.Client, base: str) -> None:
