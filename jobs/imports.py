@@ -39,6 +39,7 @@ from peft_service.errors import (
     StoreDenied,
     TooLarge,
 )
+from peft_service.sources import WILD
 from peft_service.spec import DataPart
 
 SCHEMES = ("s3://", "file://", "hf://", "https://")
@@ -151,22 +152,23 @@ def _check_place(caller: Caller, uri: str, param: str) -> None:
             code="source_not_allowed",
             param=param,
         )
-    mine, theirs = caller.store.url, f"{scheme}://{re.split(r'[*?[]', rest)[0]}"
+    mine = caller.store.url
+    if mine.startswith("file://"):
+        mine = Path(os.path.realpath(unquote(mine.removeprefix("file://")))).as_uri()
+    wild = WILD.search(rest)
+    folder, begin = rest, ""
+    if wild:
+        folder, _, begin = rest[: wild.start()].rpartition("/")
     if scheme == "file":
-        theirs = Path(os.path.realpath(unquote(theirs.removeprefix("file://")))).as_uri()
-        mine = (
-            Path(os.path.realpath(unquote(mine.removeprefix("file://")))).as_uri() if _is_file(mine) else mine
-        )
-    if _below(theirs, mine) or mine.startswith(theirs.rstrip("/")):
+        folder = Path(os.path.realpath(unquote(folder) or "/")).as_uri().removeprefix("file://")
+    theirs = f"{scheme}://{folder.rstrip('/')}"
+    around = mine.startswith(f"{theirs}/{begin}") if wild else _below(mine, theirs)
+    if around or _below(f"{theirs}/{begin}" if wild else theirs, mine):
         raise NotPermitted(
             f"{param}: {uri[:200]!r} is in the store of this service, where a file is named by its id",
             code="source_not_allowed",
             param=param,
         )
-
-
-def _is_file(url: str) -> bool:
-    return url.startswith("file://")
 
 
 def _below(uri: str, prefix: str) -> bool:

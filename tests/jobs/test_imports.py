@@ -287,8 +287,10 @@ def test_a_prefix_of_a_bucket(
     with pytest.raises(InvalidRequest) as caught:
         imports.bring(caller(), "s3://no-such-bucket-anywhere/x")
     assert caught.value.code == "source_not_readable"
+    near = replace(caller(), store=open_store(f"{bucket.url}/sets/one-more"))
+    assert imports.bring(near, f"{bucket.url}/sets/one").rows == 24  # a name that begins alike is no overlap
     own = replace(caller(), store=open_store(f"{bucket.url}/service"))
-    for uri in (bucket.url, f"{bucket.url}/service/b/files", f"{bucket.url}/serv*/**"):
+    for uri in (bucket.url, f"{bucket.url}/", f"{bucket.url}/service/b/files", f"{bucket.url}/serv*/**"):
         with pytest.raises(NotPermitted):
             imports.bring(own, uri)
 
