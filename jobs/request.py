@@ -669,7 +669,17 @@ def resolve(
         )
     name = body.name or body.suffix or default_name(known.base.id, kind_of(type(wanted.method)))
     base = known.base.model_copy(update={"quantize": wanted.quantize, "architecture": shape.architecture})
+    if objective.generates and files.validation is not None:
+        # There is no loss on prompts that have no answer.
+        given.setdefault("select_by", "score")
     training = check(Training, given, "training", written)
+    if objective.generates and training.select_by != "score" and files.validation is not None:
+        raise InvalidRequest(
+            f"training.select_by is {training.select_by!r}, but {objective.kind} measures no such thing on "
+            "held-out prompts: take 'score', or leave it out",
+            code="invalid_value",
+            param="training.select_by",
+        )
     _check_selection(training, wanted, files)
     spec = FineTuneSpec(
         name=name,

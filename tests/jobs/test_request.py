@@ -672,6 +672,17 @@ def test_what_chooses_by_scores_needs_a_grader() -> None:
         )
 
 
+def test_where_answers_are_graded_the_best_is_that_of_the_best_score() -> None:
+    held_out = data_file(9, "prompts")
+    method = request_for("grpo")
+    made = spec(method=method, format="prompts", validation=held_out, training={"best_checkpoint": True})
+    assert made.training.select_by == "score"
+    for wrong in ("loss", "accuracy"):
+        with pytest.raises(InvalidRequest) as refused:
+            spec(method=method, format="prompts", validation=held_out, training={"select_by": wrong})
+        assert refused.value.param == "training.select_by"
+
+
 def test_packing_is_granted_or_refused_where_it_was_asked_for() -> None:
     assert spec(hyperparameters={"packing": True}).training.packing is True
     assert spec(hyperparameters={"packing": False}).training.packing is False
