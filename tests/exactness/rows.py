@@ -12,7 +12,8 @@ from typing import Any
 from peft_service.formats import FORMATS
 from peft_service.objectives import Objective
 from peft_service.tasks import Task
-from peft_service.tokenise import Meaning, Tokenised, tokenise
+from peft_service.tokenise import Meaning, tokenise
+from peft_service.tokenised import Tokenised
 from peft_service.variants import kind_of
 from tests.methods import bases
 

@@ -168,10 +168,8 @@ def _slice() -> Iterator[Trial]:
 def _every() -> Iterator[Trial]:
     number = 0
     for name, objective in (KINDS | OTHERS).items():
-        for world, stages in ((1, (0, 1, 2, 3)), (2, (0, 1, 2, 3)), (4, (0, 2, 3))):
-            for stage in stages:
-                if world == 1 and stage == 3 and objective.generates:
-                    continue
+        for world, stages in ((1, (1, 3)), (2, (0, 1, 2, 3)), (4, (2, 3))):
+            for stage in stages[:-1] if objective.generates and world != 2 else stages:
                 number += 1
                 yield Trial(
                     objective,
@@ -182,11 +180,16 @@ def _every() -> Iterator[Trial]:
                     microbatch=(1, 2, 3, WHOLE)[number % 4],
                     name=name,
                 )
-        for stage in (1, 2, 3):
-            packed = stage % 2 == 1 and packs(objective)
-            yield Trial(
-                objective, world=2, stage=stage, precision="bf16", microbatch=2, packing=packed, name=name
-            )
+        number += 1
+        yield Trial(
+            objective,
+            world=2,
+            stage=1 + number % 3,
+            precision="bf16",
+            microbatch=2,
+            packing=number % 2 == 0 and packs(objective),
+            name=name,
+        )
         for base in ("bert", "t5", "opt", "bart"):
             if name == objective.kind and runs_on(objective, base):
                 number += 1
@@ -199,18 +202,17 @@ def _every() -> Iterator[Trial]:
                     microbatch=(1, 2, 3)[number % 3],
                 )
     for place, (name, method) in enumerate(admitted().items()):
-        for stage in sorted({0, (2, 3)[place % 2]} & {*method.can.zero_stages}):
-            number += 1
-            yield Trial(
-                SFT,
-                method,
-                world=2,
-                stage=stage,
-                packing=number % 2 == 0 and packs(SFT, method),
-                checkpointing=number % 3 == 0 and method.can.gradient_checkpointing,
-                microbatch=(1, 2, 3)[number % 3],
-                name=name,
-            )
+        stages = method.can.zero_stages
+        yield Trial(
+            SFT,
+            method,
+            world=2,
+            stage=stages[place % len(stages)],
+            packing=place % 3 > 0 and packs(SFT, method),
+            checkpointing=place % 5 == 0 and method.can.gradient_checkpointing,
+            microbatch=(1, 2, 3)[place % 3],
+            name=name,
+        )
 
 
 def _once(trials: Iterator[Trial]) -> tuple[Trial, ...]:
@@ -234,6 +236,8 @@ TWINS = tuple(
     for objective, base in ((SFT, "llama"), (KINDS["kto"], "llama"), (KINDS["grpo"], "llama"), (SFT, "t5"))
 ) + (tuple(Trial(SFT, method, name=name) for name, method in admitted().items()) if ALL else ())
 """What another process computes with torch alone, too: it must be the same bytes."""
+AGAIN = tuple(trial for trial in SLICE if trial.world == 2 and trial not in RESUMED)
+"""What a second set of ranks does once more, for the same bytes; only with EXACTNESS_ALL."""
 
 
 def sets() -> dict[str, tuple[int, tuple[Trial, ...]]]:
@@ -243,5 +247,5 @@ def sets() -> dict[str, tuple[int, tuple[Trial, ...]]]:
         mine = tuple(trial for trial in TRIALS if trial.world == world)
         found[f"w{world}"] = (world, mine + (TWINS if world == 1 else ()))
     if ALL:
-        found["w2-again"] = (2, tuple(trial for trial in SLICE if trial.world == 2))
+        found["w2-again"] = (2, AGAIN)
     return found
