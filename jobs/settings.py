@@ -97,8 +97,8 @@ class Settings(BaseSettings):
     """Largest data set that is brought in from elsewhere, all its files together."""
 
     python_graders: Literal["off", "isolated", "trusted"] = "off"
-    """Scripts of users that grade texts. isolated: they run where Linux can shut them in (Landlock and seccomp),
-    and are refused elsewhere; trusted: they run anyway, with the rights of the service."""
+    """Scripts of users that grade texts. isolated: they run where Linux can shut them in (Landlock and
+    seccomp), and are refused elsewhere; trusted: they run anyway, with the rights of the service."""
     judge_url: str | None = Field(None, min_length=1)
     """OpenAI-compatible endpoint, up to its `/v1`, whose models judge texts for score_model graders."""
     judge_key: str | None = Field(None, repr=False, min_length=1)

@@ -18,7 +18,7 @@ from peft_service.objectives.sft import IGNORE
 from peft_service.packing import balanced
 from peft_service.spec import Training
 from peft_service.tasks import Task
-from peft_service.tokenise import Tokenised
+from peft_service.tokenised import Tokenised
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -42,8 +42,8 @@ def write_probe(
 ) -> None:
     """Lay down what the gate compares with: logits of the live model, and some rows with their token ids.
 
-    `tokenised` (`tokenise.Tokenised`) has what was made of `rows` of the training data, which are in the keys
-    of their format.
+    `tokenised` (`tokenised.Tokenised`) has what was made of `rows` of the training data, which are in the
+    keys of their format.
     """
     from safetensors.torch import save_file
 
@@ -382,7 +382,9 @@ def template_round_trip(
     import numpy as np
     from transformers import AutoTokenizer
 
-    from peft_service.tokenise import Meaning, Reading, Tokenised, tokenise
+    from peft_service.rendering import Reading
+    from peft_service.tokenise import Meaning, tokenise
+    from peft_service.tokenised import Tokenised
 
     tokenizer = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
     told = dict(data)

@@ -36,7 +36,9 @@ from peft_service.variants import Frozen
 
 if TYPE_CHECKING:
     from peft_service.formats import Problem
-    from peft_service.tokenise import Meaning, Reading, Seen, Tokenised
+    from peft_service.rendering import Reading
+    from peft_service.tokenise import Meaning, Seen
+    from peft_service.tokenised import Tokenised
 
 MAX_ROWS = 100
 ROWS_SECONDS = 5.0

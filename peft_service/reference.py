@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_service.store import Store
-from peft_service.tokenise import Tokenised
+from peft_service.tokenised import Tokenised
 
 ROWS = 256
 """Rows laid out at one time."""

@@ -28,7 +28,7 @@ from peft_service.objectives.sft import IGNORE
 
 if TYPE_CHECKING:
     from peft_service.objectives.grpo import GRPO
-    from peft_service.tokenise import Tokenised
+    from peft_service.tokenised import Tokenised
     from peft_service.train import Engine
 
 Items = Callable[[int], Mapping[str, Any]]

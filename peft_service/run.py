@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from peft_service.attached import Attached
     from peft_service.batches import Batch
     from peft_service.graders import Allowed
-    from peft_service.tokenise import Meaning, Reading, Tokenised
+    from peft_service.rendering import Reading
+    from peft_service.tokenise import Meaning
+    from peft_service.tokenised import Tokenised
     from peft_service.train import Engine, Progress
 
 log = logging.getLogger(__name__)
@@ -183,7 +185,7 @@ def work(
         Diverged: the loss is not finite.
         InvalidTrainingFile: a step has nothing to learn.
     """
-    from peft_service.tokenise import Tokenised
+    from peft_service.tokenised import Tokenised
     from peft_service.train import Progress, StillEngine, evaluate, fit
 
     spec = run.spec
@@ -377,7 +379,8 @@ def conclude(
     """
     from safetensors.torch import load_file
 
-    from peft_service.tokenise import Tokenised, rows_at
+    from peft_service.tokenise import rows_at
+    from peft_service.tokenised import Tokenised
 
     if result.state == "stopped":
         return Outcome(state="stopped", **_facts(result))
@@ -499,7 +502,7 @@ def tokenizer_of(spec: FineTuneSpec, directory: Path) -> Any:
 
 
 def reading_of(spec: FineTuneSpec, file: DataFile) -> "Reading":
-    from peft_service.tokenise import Reading
+    from peft_service.rendering import Reading
 
     data = spec.data
     return Reading(
@@ -538,7 +541,7 @@ class _Tokenising:
         self, files: "Sequence[DataFile]", meaning: "Meaning", param: str
     ) -> "tuple[str, Tokenised, tuple[int, ...]]":
         """(key in the store, rows of all files, rows of each)."""
-        from peft_service.tokenise import concatenated
+        from peft_service.tokenised import concatenated
 
         made = [self._one(file, meaning, param) for file in files]
         rows = tuple(data.rows for _, data in made)
@@ -556,7 +559,8 @@ class _Tokenising:
         return key, Tokenised.load(local), rows
 
     def _one(self, file: DataFile, meaning: "Meaning", param: str) -> "tuple[str, Tokenised]":
-        from peft_service.tokenise import Tokenised, digest_of, tokenise
+        from peft_service.tokenise import digest_of, tokenise
+        from peft_service.tokenised import Tokenised
 
         spec = self.run.spec
         training, too_long, reading = spec.training, spec.data.too_long, reading_of(spec, file)

@@ -23,7 +23,7 @@ from peft_service.schedule import learning_rate
 from peft_service.spec import Training
 
 if TYPE_CHECKING:
-    from peft_service.tokenise import Tokenised
+    from peft_service.tokenised import Tokenised
 
 STOP_POLL_SECONDS = 1.0
 EVALUATED_ROWS = 256

@@ -1,4 +1,4 @@
-"""Generate docs/objectives.md and docs/formats.md: what can be learned, and from which rows, from their own files.
+"""Generate docs/objectives.md and docs/formats.md from the files of the objectives and formats.
 
 python tools/data_docs.py           write the pages
 python tools/data_docs.py --check   exit code 1 if one is stale (`make check`)
@@ -47,11 +47,11 @@ def objectives() -> str:
     lines = [
         "# Objectives",
         "",
-        "What a job minimises: `method.type` in a request. Without it, the format of the training file decides.",
+        "What a job minimises: `method.type` in a request. Without it, the training file's format decides.",
         "Each is one file in `peft_service/objectives/`; this page is made from them (`make format`).",
-        "Losses are sums over the targets of a whole step divided by their number, so that they do not depend on",
-        "workers, microbatches or packing. Each is checked against TRL's trainers, transformers' own losses or the",
-        "paper's formula in float64, with its gradients.",
+        "Losses are sums over the targets of a whole step divided by their number, so that they do not",
+        "depend on workers, microbatches or packing. Each is checked, with its gradients, against TRL's",
+        "trainers, transformers' own losses or the paper's formula in float64.",
         "",
         "| `method.type` | learns from | loss | better means | packs |",
         "|---|---|---|---|---|",
@@ -87,8 +87,8 @@ def formats() -> str:
     lines = [
         "# Formats",
         "",
-        "What a row of a data file looks like. The format is detected from the rows and reported; a file has one.",
-        "Each is one file in `peft_service/formats/`, whose head says more; this page is made from them.",
+        "What a row of a data file looks like. The format is detected from the rows; a file has one.",
+        "Each is one file in `peft_service/formats/`; this page is made from them (`make format`).",
         "Other shapes go in with a [column mapping](data.md#columns).",
     ]
     for variant in known:

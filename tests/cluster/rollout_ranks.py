@@ -28,7 +28,7 @@ def train(case: str, root: Path, engine_of=None):
     from peft_service.methods.prompt_tuning import PromptTuning
     from peft_service.objectives.grpo import GRPO
     from peft_service.spec import Training
-    from peft_service.tokenise import Tokenised
+    from peft_service.tokenised import Tokenised
     from peft_service.train import LocalEngine, train_step
     from tests.methods import bases
 

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from peft_service.columns import Columns
-from peft_service.tokenise import Meaning, Reading, Tokenised, tokenise
+from peft_service.rendering import Reading
+from peft_service.tokenise import Meaning, tokenise
+from peft_service.tokenised import Tokenised
 from peft_service.validate import validate
 from tests.data.compared import (
     ANSWERED,

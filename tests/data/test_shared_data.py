@@ -15,7 +15,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from peft_service.columns import Columns
-from peft_service.tokenise import Meaning, Reading, Tokenised, tokenise
+from peft_service.rendering import Reading
+from peft_service.tokenise import Meaning, tokenise
+from peft_service.tokenised import Tokenised
 from peft_service.validate import validate
 from tests.data.compared import SHARED, SHIPPED, TRAJECTORIES, TRAJECTORY_TOOLS, gpt2, shipped
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft_service.batches import microbatches, order, rows_of_step, steps_of
 from peft_service.objectives.sft import IGNORE, SFT
 from peft_service.spec import Training
-from peft_service.tokenise import Tokenised
+from peft_service.tokenised import Tokenised
 from tests.tiny import tiny_llama
 
 PAD = 299

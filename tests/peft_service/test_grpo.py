@@ -17,7 +17,7 @@ from peft_service.methods.lora import LoRA
 from peft_service.objectives.grpo import GRPO
 from peft_service.objectives.sft import IGNORE
 from peft_service.spec import Training
-from peft_service.tokenise import Tokenised
+from peft_service.tokenised import Tokenised
 from peft_service.train import LocalEngine, train_step
 from tests import golden
 

@@ -37,7 +37,7 @@ from peft_service.objectives.regression import Regression
 from peft_service.objectives.reward import Reward
 from peft_service.objectives.sft import IGNORE, SFT
 from peft_service.objectives.simpo import SimPO
-from peft_service.tokenise import Tokenised
+from peft_service.tokenised import Tokenised
 from peft_service.variants import kind_of
 from tests import golden
 from tests.methods import bases

@@ -13,7 +13,7 @@ from peft_service.batches import Batch, layout, microbatches
 from peft_service.errors import InvalidRequest
 from peft_service.objectives.sft import SFT
 from peft_service.packing import PACKABLE, balanced, best_fit
-from peft_service.tokenise import Tokenised
+from peft_service.tokenised import Tokenised
 
 PAD = 2
 CAPACITY = 64

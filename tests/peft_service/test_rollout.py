@@ -16,7 +16,7 @@ from peft_service.objectives.grpo import GRPO
 from peft_service.objectives.sft import IGNORE
 from peft_service.rollout import Prompt, Sampling
 from peft_service.spec import Training
-from peft_service.tokenise import Tokenised
+from peft_service.tokenised import Tokenised
 from peft_service.train import LocalEngine
 from tests.tiny import save_tiny_base, tiny_tokenizer
 

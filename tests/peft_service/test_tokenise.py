@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_service.errors import InvalidRequest, InvalidTrainingFile
-from peft_service.tokenise import Tokenised, digest_of, tokenise
+from peft_service.tokenise import digest_of, tokenise
+from peft_service.tokenised import Tokenised
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the repository")

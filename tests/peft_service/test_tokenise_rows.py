@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from peft_service import tokenise as tokenise_module
+from peft_service import tokenised as tokenised_module
 from peft_service.columns import Columns
 from peft_service.containers import compression
 from peft_service.errors import InvalidTrainingFile
-from peft_service.tokenise import Meaning, Reading, Tokenised, concatenated, rows_at, tokenise
+from peft_service.rendering import Reading
+from peft_service.tokenise import Meaning, rows_at, tokenise
+from peft_service.tokenised import Tokenised, concatenated
 from tests.peft_service.test_tokenise import (
     CHATML,
     FOOT,
@@ -300,6 +303,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     remain in memory, such as where it begins."""
     monkeypatch.setattr(tokenise_module, "BATCH_CHARACTERS", 10_000)
     monkeypatch.setattr(tokenise_module, "COPY_BYTES", 20_000)
+    monkeypatch.setattr(tokenised_module, "COPY_BYTES", 20_000)
     monkeypatch.setattr(compression, "CHUNK_BYTES", 20_000)
     line = json.dumps({"text": "the sum of two and three is five, zebra " * 10}) + "\n"
 

@@ -16,7 +16,7 @@ from peft_service.methods.lora import LoRA
 from peft_service.objectives.sft import IGNORE, SFT
 from peft_service.schedule import learning_rate
 from peft_service.spec import Training
-from peft_service.tokenise import Tokenised
+from peft_service.tokenised import Tokenised
 from peft_service.train import LocalEngine, Progress, evaluate, fit, train_step
 from tests.tiny import save_tiny_base
 
