@@ -422,11 +422,13 @@ def _memory(
     shards = [workers if stage >= least else 1 for least in (3, 2, 1)]
     largest_layer = max((out * inner for _, out, inner in shape.linears), default=0) * width
 
-    held = math.ceil((base + trainable * width) / shards[0]) + quant_state
+    # A teacher is whole on every worker: nothing of it trains, so ZeRO does not shard it.
+    teacher = spec.teacher_parameters * width
+    held = math.ceil((base + trainable * width) / shards[0]) + quant_state + teacher
     # ZeRO-3 gathers the layer at work and the next; and every rank loads the whole base before it is sharded
     # (transformers switches sharded loading off for quantised models; ours is loaded once, then attached).
     at_work = held + (2 * largest_layer if stage == 3 else 0)
-    loading = base + quant_state
+    loading = base + quant_state + teacher
     gradients = math.ceil(trainable * width / shards[1])
     optimizer = math.ceil(trainable * (8 if precision == "fp32" else 12) / shards[2])
 

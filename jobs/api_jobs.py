@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from cluster.dashboard import ClusterUnavailable
 from cluster.plan import Capacity, Plan, make_plan
-from jobs import base_models, files, objectives, queue, readings
+from jobs import base_models, files, imports, objectives, queue, readings
 from jobs import request as requests
 from jobs.api_files import retry_count
 from jobs.api_graders import allowed_here
@@ -30,11 +30,12 @@ from jobs.db import jobs as jobs_table
 from jobs.queue import CheckpointRow, EventRow, JobRow, NewJob
 from jobs.readings import Reading
 from jobs.request import CreateJob, Files, Known, Resolved, Wanted
-from peft_service import catalog, graders
+from peft_service import base_model, catalog, graders
+from peft_service import preview as preview_of
 from peft_service.batches import steps_of
 from peft_service.errors import Conflict, InvalidRequest, NotFound, ObjectNotFound, PeftServiceError
 from peft_service.methods import Method
-from peft_service.spec import Base, FineTuneSpec, Source
+from peft_service.spec import Base, DataFile, FineTuneSpec, Source
 from peft_service.validate import Overlap
 
 router = APIRouter()
@@ -396,11 +397,43 @@ def prepare(caller: Caller, raw: dict[str, Any], *, planned: bool = True) -> Pre
         base.model_shape,
         _sources(caller, wanted.method, base.base),
         None if teacher is None else _as_shaped(teacher),
+        0 if teacher is None else teacher.model_shape.parameters,
     )
     _check_graders(caller, resolved.spec, wanted, sources, validation)
+    if planned and resolved.spec.data.template is not None and resolved.spec.data.template.name is None:
+        _try_template(caller, resolved.spec, base, sources[0].data)
     capacity = seen_capacity(caller) if planned else None
     plan = None if capacity is None else make_plan(resolved.spec, base.model_shape, capacity)
     return Prepared(wanted, resolved, base, plan, sources, validation, forgetting, teacher)
+
+
+def _try_template(caller: Caller, spec: FineTuneSpec, base: BaseRow, file: DataFile) -> None:
+    """A template of the request's own renders the first row in a process with limits, before a worker does.
+
+    Raises:
+        InvalidRequest: it does not end, writes too much, or refuses the row.
+    """
+    tokenizer = base_model.fetch_tokenizer(spec.base, caller.settings.data_dir / "tokenizers")
+    with imports.folder(caller) as folder:
+        part = file.objects[0]
+        caller.store.download(part.key, folder / "0")
+        order = preview_of.Order(
+            spec=spec,
+            shape=base.model_shape,
+            base=str(tokenizer),
+            source=0,
+            parts=((part.name, str(folder / "0")),),
+            rows=1,
+            statistics=False,
+        )
+        seen = preview_of.preview(order)
+    for problem in [problem for row in seen["rows"] for problem in row["problems"]]:
+        if problem["code"] in ("template_error", "masks_disagree", "not_a_prefix"):
+            raise InvalidRequest(
+                f"data.template.jinja does not fit the first row: {problem['message']}",
+                code=problem["code"],
+                param="data.template.jinja",
+            )
 
 
 def _teacher(caller: Caller, wanted: Wanted, base: BaseRow) -> BaseRow | None:

@@ -610,13 +610,14 @@ def resolve(
     shape: Any,
     sources: tuple[Source, ...] = (),
     teacher: Base | None = None,
+    teacher_parameters: int = 0,
 ) -> Resolved:
     """The spec: every value concrete, and for the chosen ones a reason in words.
 
     Args:
         shape: the base's ModelShape, so that the method can refuse a base it cannot work on.
         sources: the adapters that the method's own `sources` name.
-        teacher: the base that the objective's own `teacher` names.
+        teacher: the base that the objective's own `teacher` names, which has `teacher_parameters`.
 
     Raises:
         InvalidRequest: parts of the request do not go together; `param` is the key as the user wrote it.
@@ -655,7 +656,9 @@ def resolve(
             param="adapter",
         )
     if "max_seq_len" not in given:
-        given["max_seq_len"] = min(MAX_SEQ_LEN, room)
+        # Of what generates, the answer needs a place too.
+        answers = int(getattr(objective, "max_new_tokens", 0)) if objective.generates else 0
+        given["max_seq_len"] = min(MAX_SEQ_LEN, max(LEAST_SEQ_LEN, room - answers))
         reasons["max_seq_len"] = (
             f"{MAX_SEQ_LEN}, or the base's context of {context or 'unknown'} tokens{but and but + ','} "
             "if that is less"
@@ -691,10 +694,25 @@ def resolve(
         training=training,
         evaluation=_evaluation_of(wanted, objective, files, shape),
         teacher=teacher,
+        teacher_parameters=teacher_parameters,
         resources=body.resources or Resources(),
         seed=body.seed or 0,
     )
     methods.admit(spec.method, shape, case_of(spec, shape))
+    answer = int(getattr(objective, "max_new_tokens", 0)) if objective.generates else 0
+    if context is not None and answer and training.max_seq_len + answer > room:
+        raise InvalidRequest(
+            f"prompts of up to {training.max_seq_len} tokens and answers of up to {answer} are more than the "
+            f"base's context of {context}{but}: set training.max_seq_len to {max(8, room - answer)}, or "
+            "max_new_tokens lower",
+            code="invalid_value",
+            param=f"{wanted.objective.where}.hyperparameters.max_new_tokens",
+        )
+    try:
+        objective.check(spec.method)
+    except InvalidRequest as error:
+        error.param = f"{wanted.objective.where}.hyperparameters.{error.param}"
+        raise
     try:
         packing.admit(spec, shape)
     except InvalidRequest as error:

@@ -258,6 +258,8 @@ class FineTuneSpec(Spec):
     evaluation: Generation | None = None
     teacher: Base | None = None
     """The model whose distribution is learned, where the objective needs one."""
+    teacher_parameters: int = Field(0, ge=0)
+    """How large it is: every worker holds all of it."""
     seed: int = Field(0, ge=0, le=2**31 - 1)
 
 

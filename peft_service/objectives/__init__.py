@@ -49,6 +49,13 @@ class Objective(Frozen):
         """Names of the outputs of the head, given the labels of the training file."""
         return found
 
+    def check(self, method: "Method") -> None:
+        """Refuse a method that this objective cannot be learned with.
+
+        Raises:
+            InvalidRequest: says why, and what does work.
+        """
+
     def targets(self, batch: Any) -> Any:
         """How many targets the batch has, as a 0-dim tensor."""
         raise NotImplementedError
@@ -62,6 +69,9 @@ class Objective(Frozen):
         vector; the loop adds them up over ranks and puts the result into `batch.shared`. None: nothing is."""
         return None
 
+
+if TYPE_CHECKING:
+    from peft_service.methods import Method
 
 OBJECTIVES = variants_of(Objective, __name__, __path__)
 if TYPE_CHECKING:

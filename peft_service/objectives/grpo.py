@@ -21,7 +21,7 @@ so bnpo is dapo. The reference is the base without its adapter.
 std with n - 1: of the group, of the whole step (`batch`), or 1 without the 1e-4 (`none`, as in Dr. GRPO).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,9 @@ from peft_service.errors import InvalidRequest
 from peft_service.graders import AnyGrader
 from peft_service.objectives import Objective, Rows
 from peft_service.tasks import Architecture, Task
+
+if TYPE_CHECKING:
+    from peft_service.methods import Method
 
 
 class GRPO(Objective):
@@ -68,6 +71,16 @@ class GRPO(Objective):
 
     def task(self, architecture: Architecture) -> Task:
         return "seq2seq_lm" if architecture == "encoder_decoder" else "causal_lm"
+
+    def check(self, method: "Method") -> None:
+        if self.beta > 0 and method.can.carrier not in ("peft", "registered"):
+            raise InvalidRequest(
+                f"beta is {self.beta:g}, which compares with the base at every step, but {method.kind} "
+                "changes the base itself: set beta to 0, or take a method whose adapter can be switched off, such as "
+                "lora",
+                code="method_not_applicable",
+                param="beta",
+            )
 
     @property
     def by_token(self) -> bool:

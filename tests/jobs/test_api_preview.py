@@ -95,6 +95,14 @@ def test_a_named_and_an_inline_template_and_its_limits(client: Client, file: str
     with pytest.raises(InvalidRequest) as caught:
         client.preview({**body, "data": {"template": {"jinja": jinja}}})
     assert (caught.value.code, caught.value.param) == ("template_limits", "data.template")
+    # Nor does a job with it begin: it is tried on a row when it is submitted.
+    job = {name: value for name, value in body.items() if name != "preview"}
+    with pytest.raises(InvalidRequest) as caught:
+        client.preflight({**job, "data": {"template": {"jinja": jinja}}})
+    assert caught.value.code == "template_limits"
+    refusing = "{{ messages[9].content }}{% if add_generation_prompt %}{% endif %}"
+    with pytest.raises(InvalidRequest, match="first row"):
+        client.preflight({**job, "data": {"template": {"jinja": refusing}}})
 
 
 def test_a_mapping_is_previewed_as_it_is_trained(client: Client, tmp_path: Path) -> None:

@@ -689,3 +689,18 @@ def test_packing_is_granted_or_refused_where_it_was_asked_for() -> None:
     with pytest.raises(InvalidRequest) as refused:
         spec(hyperparameters={"packing": True}, format="classification")
     assert (refused.value.code, refused.value.param) == ("packing_not_applicable", "hyperparameters.packing")
+
+
+def test_reinforcement_needs_room_for_answers_and_a_base_to_compare_with() -> None:
+    def asked(adapter: str = "lora", **numbers: Any) -> Resolved:
+        method = {"type": "grpo", "grpo": {"grader": GRADER, "hyperparameters": numbers}}
+        return resolved(format="prompts", method=method, adapter={"kind": adapter}, known=Known(KNOWN.base, 512))
+
+    assert asked(max_new_tokens=100).spec.training.max_seq_len == 412
+    with pytest.raises(InvalidRequest, match="base itself") as caught:
+        asked("bitfit", beta=0.1, max_new_tokens=100)
+    assert caught.value.param == "method.grpo.hyperparameters.beta"
+    assert asked("bitfit", max_new_tokens=100).spec.objective.kind == "grpo"
+    with pytest.raises(InvalidRequest, match="answers of up to 510") as caught:
+        asked(max_new_tokens=510)
+    assert caught.value.param == "method.grpo.hyperparameters.max_new_tokens"
