@@ -698,9 +698,9 @@ def test_reinforcement_needs_room_for_answers_and_a_base_to_compare_with() -> No
 
     assert asked(max_new_tokens=100).spec.training.max_seq_len == 412
     with pytest.raises(InvalidRequest, match="base itself") as caught:
-        asked("bitfit", beta=0.1, max_new_tokens=100)
+        asked("lt_sft", beta=0.1, max_new_tokens=100)
     assert caught.value.param == "method.grpo.hyperparameters.beta"
-    assert asked("bitfit", max_new_tokens=100).spec.objective.kind == "grpo"
+    assert asked("lt_sft", max_new_tokens=100).spec.objective.kind == "grpo"
     with pytest.raises(InvalidRequest, match="answers of up to 510") as caught:
         asked(max_new_tokens=510)
     assert caught.value.param == "method.grpo.hyperparameters.max_new_tokens"
