@@ -694,7 +694,9 @@ def test_packing_is_granted_or_refused_where_it_was_asked_for() -> None:
 def test_reinforcement_needs_room_for_answers_and_a_base_to_compare_with() -> None:
     def asked(adapter: str = "lora", **numbers: Any) -> Resolved:
         method = {"type": "grpo", "grpo": {"grader": GRADER, "hyperparameters": numbers}}
-        return resolved(format="prompts", method=method, adapter={"kind": adapter}, known=Known(KNOWN.base, 512))
+        return resolved(
+            format="prompts", method=method, adapter={"kind": adapter}, known=Known(KNOWN.base, 512)
+        )
 
     assert asked(max_new_tokens=100).spec.training.max_seq_len == 412
     with pytest.raises(InvalidRequest, match="base itself") as caught:
