@@ -1,6 +1,6 @@
 """`{"instruction", "input"?, "output", "system"?, "history"?}`: the Alpaca shape, as LLaMA-Factory reads it.
 
-With a chat template: system, the history's turns, instruction and input (a blank line between them) as the
+With a chat template: system, the history's turns, instruction and input (each on lines of its own) as the
 user, output as the assistant; the answers in the history are trained too, as LLaMA-Factory does.
 Without one: Alpaca's headings, written out below; then only `output` is trained, because plain text has no
 mark at which an earlier answer ends.
@@ -80,7 +80,7 @@ def asked(row: dict[str, Any]) -> list[dict[str, Any]]:
     for question, answer in row.get("history") or []:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     parts = [part for part in (row["instruction"], row.get("input")) if part]
-    return [*messages, {"role": "user", "content": "\n\n".join(parts)}]
+    return [*messages, {"role": "user", "content": "\n".join(parts)}]
 
 
 def plain_prompt(row: dict[str, Any]) -> str:

@@ -193,17 +193,6 @@ def prompt_shorter_by_a_letter(rows: Rows, name: str) -> Rows:
     return first + made
 
 
-def joined_with_one_line_feed(file: str, folder: Path) -> Path:
-    """LLaMA-Factory puts a line feed between instruction and input; we put a blank line. The prompts differ
-    in that, what is learned does not."""
-    rows = json.loads((SHARED / file).read_text())
-    for row in rows:
-        row["instruction"] = "\n".join(filter(None, (row["instruction"], row.pop("input"))))
-    path = folder / "joined.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
 CHATML_COMPLETIONS = (
     "rows/prompt-completion-messages",
     "rows/preference-explicit-messages",
@@ -240,8 +229,6 @@ def of_llamafactory(case: str, name: str, folder: Path) -> Rows:
         prompt, completion = ANSWERED[file]
         columns = Columns({"instruction": prompt, "output": completion})
         rows = read(SHARED / file, name, "instruction", Reading(columns=columns, limit=PLAIN_ROWS))
-    elif "alpaca" in file:
-        rows = read(joined_with_one_line_feed(file, folder), name)
     else:
         rows = read(SHARED / file, name)
     if "glaive" in file:
@@ -263,17 +250,6 @@ def test_the_same_tokens(which, case, tmp_path):
 
 def digests(said: dict[str, Any]) -> Iterator[str]:
     return (said["each"][at : at + 4] for at in range(0, len(said["each"]), 4))
-
-
-@needs_shared
-@pytest.mark.parametrize("file", ["llamafactory/alpaca_en_demo.json", "llamafactory/alpaca_zh_demo.json"])
-def test_the_blank_line_between_instruction_and_input_is_all_that_differs(file):
-    wanted = RECORDED["llamafactory shipped"][f"file/{file}"]
-    rows = read(SHARED / file, "shipped")
-    assert sum(sum(mask) for _, mask in rows) == wanted["trained"]
-    given = [bool(row["input"]) for row in json.loads((SHARED / file).read_text())]
-    other = [a != b for a, b in zip(digests(reading(rows)), digests(wanted), strict=True)]
-    assert other == given
 
 
 @needs_shared

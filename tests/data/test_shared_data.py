@@ -252,7 +252,7 @@ def by_hand(file: str, row: Any) -> list[list[Piece]]:
     if file == "self-instruct/seed_tasks.jsonl":
         row = {"instruction": row["instruction"], **row["instances"][0]}
     if "instruction" in row:
-        asked = "\n\n".join(filter(None, (row["instruction"], row["input"])))
+        asked = "\n".join(filter(None, (row["instruction"], row["input"])))
         return [said("user", asked) + said("assistant", row["output"])]
     if file.startswith("bfcl/possible_answer/"):
         return [[(row["id"], False), (json.dumps(row["ground_truth"], ensure_ascii=False) + END, True)]]

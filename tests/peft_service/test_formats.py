@@ -375,7 +375,7 @@ def test_an_instruction_is_both_a_conversation_and_a_plain_prompt():
         ("system", "Brief."),
         ("user", "Hi"),
         ("assistant", "Hello"),
-        ("user", "Add.\n\n2 2"),
+        ("user", "Add.\n2 2"),
         ("assistant", "4"),
     ]
     assert example.trained == (False, False, True, False, True)
