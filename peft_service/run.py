@@ -231,7 +231,7 @@ def work(
         data = referred(data, prepared.data_key)
         if validation is not None and prepared.validation_key is not None:
             validation = referred(validation, prepared.validation_key)
-    prepare = _with_teacher(spec, precision, device)
+    prepare = _with_teacher(spec, case, precision, device)
     probe = None
     if prepared.forgetting_key:
         probe = _downloaded(store, prepared.forgetting_key, workdir / f"forgetting-{rank}", Tokenised)
@@ -611,14 +611,14 @@ def _check_teacher(spec: FineTuneSpec, tokenizer: Any) -> None:
 
 
 def _with_teacher(
-    spec: FineTuneSpec, precision: str, device: Any
+    spec: FineTuneSpec, case: Case, precision: str, device: Any
 ) -> "Callable[[Sequence[Batch]], None] | None":
     """What gives every microbatch the teacher; None where there is none."""
     if spec.teacher is None:
         return None
     directory = base_model.fetch(spec.teacher, CACHE.expanduser())
     teacher: Any = base_model.load(
-        directory, precision=precision, quantize=spec.teacher.quantize, device=device
+        directory, precision=precision, quantize=spec.teacher.quantize, device=device, task=case.task
     )
     teacher.eval().requires_grad_(False)
 

@@ -20,6 +20,7 @@ from peft_service.methods import Case, Material
 from peft_service.run import METHOD_STATE, collate_of
 from peft_service.spec import Training
 from peft_service.store import FileStore
+from peft_service.tasks import Task
 from peft_service.train import Best, Engine, LocalEngine, Progress, fit
 from tests.exactness import rows
 from tests.exactness.trials import Trial
@@ -106,7 +107,11 @@ class Live:
                 )
                 for name, part in (("training", self.data), ("validation", self.validation))
             )  # fmt: skip
-        self.teacher = _teacher(work, trial.precision) if objective.kind == "distillation" else None
+        self.teacher = (
+            _teacher(work, trial.base, trial.task, trial.precision)
+            if objective.kind == "distillation"
+            else None
+        )
         self.tokenizer = bases.tokenizer(trial.base)
         self.attached = method.attach(model, self.case, self._material())
         whole: Any = self.attached.model
@@ -305,15 +310,15 @@ def prepare(work: Path, trials: Any) -> None:
     for base in {trial.base for trial in trials}:
         if not (work / "bases" / base).exists():
             bases.save(base, work / "bases" / base)
-    if not (work / "teacher").exists():
-        bases.model("llama", seed=1).save_pretrained(work / "teacher")
+        if not (work / "teachers" / base).exists():
+            bases.model(base, seed=1).save_pretrained(work / "teachers" / base)
     for trial in trials:
         rows.tokenised(trial.objective, trial.base, trial.task, trial.method.needs_tasks, work / "data")
 
 
 @cache
-def _teacher(work: Path, precision: str) -> Any:
-    model: Any = base_model.load(work / "teacher", precision=precision)
+def _teacher(work: Path, base: str, task: Task, precision: str) -> Any:
+    model: Any = base_model.load(work / "teachers" / base, task=task, precision=precision)
     return model.eval().requires_grad_(False)
 
 
