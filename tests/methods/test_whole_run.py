@@ -187,7 +187,7 @@ def test_what_cannot_work_is_refused_with_what_does(base, adapter_request, words
 
     def asked_for():
         wanted = read({"model": "tiny", "training_file": "file-1", "adapter": adapter_request})
-        return resolve(wanted, file, None, known, shape)
+        return resolve(wanted, Files(file), known, shape)
 
     with pytest.raises(InvalidRequest) as refused:
         asked_for()
