@@ -150,7 +150,7 @@ def show(found: Found, console: "Console") -> None:
         for sequence in row["sequences"] or [None]:
             console.print(Text(printable(heading(row, sequence)), style="bold"))
             if sequence is not None:
-                console.print(_text(sequence, plain), soft_wrap=True)
+                console.print(_text(sequence, plain), soft_wrap=plain)
         for words in remarks(row):
             console.print(Text(printable(words), style="yellow"))
         for words in problems(row):
@@ -167,7 +167,8 @@ def _text(sequence: Found, plain: bool) -> Any:
     from rich.text import Text
 
     before, after = outside(sequence)
-    made, inside = Text(before, style="red"), False
+    # Not Text(before, style=…): that would be the style of all that is appended, too.
+    made, inside = Text(overflow="fold").append(before, style="red"), False
     for text, learned, special, _ in pieces(sequence):
         if plain and learned != inside:
             made.append("«" if learned else "»")

@@ -211,6 +211,8 @@ def test_with_colours_what_is_learned_is_green(found: dict[str, Any]) -> None:
     green = "".join(re.findall(r"\x1b\[(?:7;)?32m(.*?)\x1b\[0m", text))
     assert green.startswith("ho é<|im_end|>")
     assert "\x1b[7;32m<|im_end|>\x1b[0m" in text
+    assert "\x1b[2muser\x1b[0m" in text, "what is only read is dim"
+    assert "31m" not in text, "red is what was cut away"
     assert "«" not in text
     assert "\x1b[2J" not in text
 
