@@ -246,7 +246,11 @@ def _batch(
         decoder_BT[:, 1:] = np.where(labels_BT[:, :-1] == IGNORE, pad_id, labels_BT[:, :-1])
         sequence_BT = np.where(answer_BT == 1, np.arange(least)[:, None], -1)
     else:
-        tokens_BT, mask_BT = _padded([ids for ids, _ in pairs], least, pad_id, pad_left)
+        read = pairs
+        if not pairs and task == "sequence_classification":
+            # T5 and BART look for the end token of every text: a padding microbatch reads the first row's.
+            read = [tokenised.row(part) for part in range(count)]
+        tokens_BT, mask_BT = _padded([ids for ids, _ in read], least, pad_id, pad_left)
         sequence_BT = np.where(mask_BT == 1, np.arange(least)[:, None], -1)
         if task == "causal_lm":
             marked = [np.where(targets == 1, ids, IGNORE) for ids, targets in pairs]

@@ -113,13 +113,18 @@ class Live:
             else None
         )
         self.tokenizer = bases.tokenizer(trial.base)
+        words = model.get_input_embeddings().num_embeddings
+        # Encoder-decoders have several modules over one table.
+        self.embeddings = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and module.num_embeddings == words
+        ]
         self.attached = method.attach(model, self.case, self._material())
         whole: Any = self.attached.model
         if trial.checkpointing:
             whole.gradient_checkpointing_enable({"use_reentrant": False})
             whole.enable_input_require_grads()
-        reads = whole.get_encoder() if whole.config.is_encoder_decoder else whole
-        self.embeddings: nn.Module = reads.get_input_embeddings()
         self.frozen = {
             name: _bits(parameter)
             for name, parameter in whole.named_parameters()
@@ -285,7 +290,7 @@ class Live:
             return output * float("nan") if found_BW.any() else None
 
         before = self.engine.trainable()
-        handle = self.embeddings.register_forward_hook(poison)
+        handles = [module.register_forward_hook(poison) for module in self.embeddings]
         try:
             self.fit(Progress(step=1))
         except PeftServiceError as error:
@@ -293,7 +298,8 @@ class Live:
         else:
             told = {"error": "none", "message": "", "details": {}}
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         after = self.engine.trainable()
         told["moved"] = [name for name in before if not torch.equal(before[name], after[name])]
         told["line"] = int(self.data.lines[chosen])

@@ -4,6 +4,7 @@ Rank 0 writes WORK/SET/<trial>.json, what came out, and <trial>.safetensors, the
 trials of a set share their processes: importing takes longer than they do.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -22,25 +23,73 @@ from torch import Tensor
 from peft_service import checkpoint
 from peft_service.store import FileStore
 from tests.exactness.live import HALF, Live
-from tests.exactness.trials import RESUMED, TWINS, Trial, sets
+from tests.exactness.trials import ALL, RESUMED, TWINS, Trial, sets
 
 WAIT_SECONDS = 1800
 
 
-def start(work: Path, name: str, world: int) -> list["subprocess.Popen[bytes]"]:
-    """All ranks of a set; WORK/SET/log-<rank> has what they say."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    (work / name).mkdir()
-    processes = []
-    for rank in range(world):
-        with (work / name / f"log-{rank}").open("wb") as log:
-            command = [sys.executable, "-m", "tests.exactness.ranks", str(work), name, str(rank)]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
-    return processes
+def left(work: Path, name: str) -> list[Trial]:
+    """Trials of a set of which nothing is written yet."""
+    return [trial for trial in sets()[name][1] if not (work / name / f"{trial.id}.json").exists()]
+
+
+class Sets:
+    """All sets of processes. In the slice they are at work at once, since they wait for imports; with
+    everything one after another, since ranks that share a core wait for one another."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.waiting = list(sets())
+        self.running: dict[str, list[subprocess.Popen[bytes]]] = {}
+
+    def __enter__(self) -> "Sets":
+        for name in self.waiting[: 1 if ALL else None]:
+            self.begin(name)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in [process for started in self.running.values() for process in started]:
+            process.kill()
+            process.wait()
+
+    def begin(self, name: str) -> None:
+        """Start all ranks of a set, for what is left of it; WORK/SET/log-<rank> has what they say."""
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        if name in self.waiting:
+            self.waiting.remove(name)
+        (self.work / name).mkdir(exist_ok=True)
+        (self.work / name / "rendezvous").unlink(missing_ok=True)
+        self.running[name] = []
+        for rank in range(sets()[name][0]):
+            command = [sys.executable, "-m", "tests.exactness.ranks", str(self.work), name, str(rank)]
+            with (self.work / name / f"log-{rank}").open("ab") as log:
+                self.running[name].append(
+                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                )
+
+    def finish(self, seconds: float) -> None:
+        """Come back when nothing is left, or a set gets no further.
+
+        Raises:
+            subprocess.TimeoutExpired: not within so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        remaining = {name: len(trials) + 1 for name, (_, trials) in sets().items()}
+        while self.running or self.waiting:
+            if not self.running:
+                self.begin(self.waiting[0])
+            for name, processes in list(self.running.items()):
+                for process in processes:
+                    process.wait(timeout=max(0.0, deadline - time.monotonic()))
+                del self.running[name]
+                # A trial that fails ends its processes; they begin again behind it.
+                if 0 < (now := len(left(self.work, name))) < remaining[name]:
+                    remaining[name] = now
+                    self.begin(name)
 
 
 def tell(trial: Trial, work: Path, store: FileStore, rank: int, world: int) -> tuple[dict[str, Any], Any]:
@@ -89,9 +138,15 @@ def arrived(store: FileStore, job: str) -> None:
         time.sleep(0.05)
 
 
+def write(path: Path, told: Mapping[str, Any]) -> None:
+    """Whoever is first: the rank at fault, and not those that then miss it."""
+    with contextlib.suppress(FileExistsError), path.open("x") as file:
+        json.dump(told, file)
+
+
 def main(work: Path, name: str, rank: int) -> None:
     torch.set_num_threads(1)
-    world, trials = sets()[name]
+    world, trials = sets()[name][0], left(work, name)  # the same for all: they meet below
     os.environ |= {
         "DS_ACCELERATOR": "cpu",
         "RANK": str(rank),
@@ -107,7 +162,6 @@ def main(work: Path, name: str, rank: int) -> None:
     store = FileStore((work / name / "store").as_uri())
     for trial in trials:
         began = time.monotonic()
-        told: dict[str, Any] = {}
         trained: dict[str, Tensor] = {}
         try:
             if trial in TWINS:
@@ -117,13 +171,13 @@ def main(work: Path, name: str, rank: int) -> None:
             else:
                 told, trained = tell(trial, work, store, rank, world)
         except Exception:
-            told = {"failed": traceback.format_exc()}
+            # The others may wait for this rank for ever: all end, and are started again for what is left.
+            write(work / name / f"{trial.id}.json", {"failed": f"rank {rank}: {traceback.format_exc()}"})
+            os._exit(1)
         if rank == 0:
             save_file(trained, work / name / f"{trial.id}.safetensors")
-            (work / name / f"{trial.id}.json").write_text(json.dumps(told))
-        sys.stdout.write(
-            f"{trial.id} {'FAILED' if 'failed' in told else 'ok'} {time.monotonic() - began:.1f} s\n"
-        )
+            write(work / name / f"{trial.id}.json", told)
+        sys.stdout.write(f"{trial.id} {time.monotonic() - began:.1f} s\n")
         sys.stdout.flush()
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()

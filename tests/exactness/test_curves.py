@@ -5,7 +5,6 @@ of rank processes (`ranks`) work beside it.
 """
 
 import json
-import time
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from safetensors.torch import load_file
 
 from peft_service.store import FileStore
 from tests.exactness.live import HALF, STEPS, Live, prepare
-from tests.exactness.ranks import apart, differing, start
-from tests.exactness.trials import AGAIN, ALL, KINDS, RESUMED, SLICE, TRIALS, TWINS, Trial, sets
+from tests.exactness.ranks import Sets, apart, differing
+from tests.exactness.trials import AGAIN, ALL, KINDS, RESUMED, SLICE, TRIALS, TWINS, Trial
 
 TIMEOUT_SECONDS = 4000 if ALL else 400
 pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS + 60)  # the first test waits for all processes
@@ -26,32 +25,11 @@ float32 only the order of sums differs. bf16 has three digits, and is compared w
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """(directory, what waits for the sets of processes); the first are at work."""
+    """(directory, the sets of rank processes); they are at work."""
     directory = tmp_path_factory.mktemp("exactness")
     prepare(directory, TRIALS)
-    processes = []
-    waiting = dict(sets())
-
-    def finish():
-        """Until all sets have come to their end. In the slice all are at work at once, and wait for imports;
-        with everything one after another, since ranks that share a core wait for one another."""
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while True:
-            for process in processes:
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            if not waiting:
-                return
-            begin()
-
-    def begin():
-        for name in list(waiting)[: 1 if ALL else None]:
-            processes.extend(start(directory, name, waiting.pop(name)[0]))
-
-    begin()
-    yield directory, finish
-    for process in processes:
-        process.kill()
-        process.wait()
+    with Sets(directory) as sets:
+        yield directory, sets
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +69,8 @@ def alone(trial, work):
 @pytest.fixture(scope="module")
 def results(work, plain):
     """(set, trial) -> what came out there."""
-    directory, finish = work
-    finish()
+    directory, sets = work
+    sets.finish(TIMEOUT_SECONDS)
 
     def of(trial, name=""):
         path = directory / (name or f"w{trial.world}") / f"{trial.id}.json"
