@@ -647,6 +647,10 @@ def resolve(
         reasons["learning_rate"] = f"{kind}'s own {own:g}{scaled} times {multiplier or 1.0:g}"
     context, taken = known.context_length, wanted.method.positions()
     room = MAX_SEQ_LEN if context is None else context - taken
+    if objective.generates and "max_new_tokens" not in objective.model_fields_set:
+        most = max(1, min(int(objective.model_dump()["max_new_tokens"]), room // 2))
+        objective = objective.model_copy(update={"max_new_tokens": most})
+        reasons["max_new_tokens"] = f"{most}: at most half of the base's context, the rest is for prompts"
     but = f", of which {kind_of(type(wanted.method))} takes {taken}" if taken else ""
     if room < LEAST_SEQ_LEN:
         raise InvalidRequest(

@@ -197,7 +197,7 @@ def test_the_gate_says_which_check_failed(staged, base, tmp_path, damage, name):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     checks = gate.checks_of(
         adapter=str(tmp_path), base=str(base), probe=str(tmp_path), precision="fp32", quantize=None,
-        format="chat", max_seq_len=64, too_long="error", stored=1, case={},
+        format="chat", rows="text", data={"too_long": "error"}, max_seq_len=64, stored=1, case={},
     )  # fmt: skip
     assert next(check.name for check in checks if not check.passed) == name
 
