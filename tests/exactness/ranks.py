@@ -26,6 +26,7 @@ from tests.exactness.live import HALF, Live
 from tests.exactness.trials import ALL, RESUMED, TWINS, Trial, sets
 
 WAIT_SECONDS = 1800
+FAILED = "failed"
 
 
 def left(work: Path, name: str) -> list[Trial]:
@@ -131,9 +132,10 @@ def apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 def arrived(store: FileStore, job: str) -> None:
-    """Come back when the tests' own process has written the checkpoint of `job`."""
+    """Come back when the tests' own process has written the checkpoint of `job`, or the object FAILED."""
     deadline = time.monotonic() + WAIT_SECONDS
     while checkpoint.open_at(store, "p", job, 1, HALF) is None:
+        assert store.info(f"{FAILED}/{job}") is None, f"torch alone fails with {job}"
         assert time.monotonic() < deadline, f"the checkpoint of {job} did not come"
         time.sleep(0.05)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from peft_service.store import FileStore
 from tests.exactness.live import HALF, STEPS, Live, prepare
-from tests.exactness.ranks import Sets, apart, differing
+from tests.exactness.ranks import FAILED, Sets, apart, differing
 from tests.exactness.trials import AGAIN, ALL, KINDS, RESUMED, SLICE, TRIALS, TWINS, Trial
 
 TIMEOUT_SECONDS = 4000 if ALL else 400
@@ -44,6 +44,7 @@ def plain(work):
                 made[trial.plain.id] = alone(trial.plain, work[0])
             except Exception as error:
                 made[trial.plain.id] = error  # of this trial; the others' tests go on
+                FileStore((work[0] / "local").as_uri()).put(f"{FAILED}/{trial.plain.id}", b"")
 
     def of(trial):
         found = made[trial.plain.id]
