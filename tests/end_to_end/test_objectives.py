@@ -257,6 +257,7 @@ def writing(root: Path) -> dict[str, Trial]:
                 },
                 training={
                     "packing": True, "eval_steps": 30, "best_checkpoint": True, "select_by": "score",
+                    "max_seq_len": 512,
                 },
                 evaluation={
                     "grader": {
