@@ -74,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
             outcome = drive(run, store, options.store, options.patience)
         write_outcome(store, run, outcome)
         log.info("outcome: %s", outcome.model_dump_json())
+    except Exception:
+        log.exception("the attempt ends without an outcome")  # into the log that is kept, before it is kept
+        raise
     finally:
         _keep_log(store, run)
     return 0

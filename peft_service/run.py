@@ -541,7 +541,7 @@ class _Tokenising:
         self, files: "Sequence[DataFile]", meaning: "Meaning", param: str
     ) -> "tuple[str, Tokenised, tuple[int, ...]]":
         """(key in the store, rows of all files, rows of each)."""
-        from peft_service.tokenised import concatenated
+        from peft_service.tokenised import Tokenised, concatenated
 
         made = [self._one(file, meaning, param) for file in files]
         rows = tuple(data.rows for _, data in made)

@@ -76,8 +76,8 @@ class GRPO(Objective):
         if self.beta > 0 and method.can.carrier not in ("peft", "registered"):
             raise InvalidRequest(
                 f"beta is {self.beta:g}, which compares with the base at every step, but {method.kind} "
-                "changes the base itself: set beta to 0, or take a method whose adapter can be switched off, such as "
-                "lora",
+                "changes the base itself: set beta to 0, or take a method whose adapter can be switched off, "
+                "such as lora",
                 code="method_not_applicable",
                 param="beta",
             )

@@ -7,6 +7,7 @@ process are in tests/end_to_end/test_objectives.py.
 import hashlib
 import json
 import zlib
+from dataclasses import replace
 
 import pytest
 
@@ -110,7 +111,15 @@ def uploaded(store, kind: str, count: int) -> DataFile:
     )  # fmt: skip
 
 
-def run(root, tmp_path, kind: str, body: dict | None = None, forgetting: bool = False, **training):
+def run(
+    root,
+    tmp_path,
+    kind: str,
+    body: dict | None = None,
+    forgetting: bool = False,
+    mixture: int = 0,
+    **training,
+):
     base, data, more = TRIALS[kind]
     store = open_store(f"file://{tmp_path / 'store'}")
     shape = base_model.shape_of_directory(root / base)
@@ -131,6 +140,10 @@ def run(root, tmp_path, kind: str, body: dict | None = None, forgetting: bool = 
     validation = uploaded(store, data, 6) if "validation_file" in raw else None
     probe = uploaded(store, "answers", 8) if forgetting else None
     files = Files(uploaded(store, data, 24), validation=validation, forgetting=probe)
+    if mixture:
+        more = uploaded(store, data, mixture).model_copy(update={"weight": 1.0})
+        files = replace(files, training=files.training.model_copy(update={"weight": 3.0}), mixture=(more,))
+        raw["data"] = {"weight": 3.0, "sources": [{"file": "file-4", "weight": 1.0}]}
     teacher = Base(id="tiny/teacher", uri=f"file://{root / 'teacher'}") if "teacher" in more else None
     known = Known(Base(id=f"tiny/{base}", uri=f"file://{root / base}"), context_length=128)
     spec = resolve(read(raw), files, known, shape, teacher=teacher).spec
@@ -164,6 +177,19 @@ def test_packing_changes_nothing_but_the_layout(root, tmp_path, kind):
     assert packed.state == plain.state == "succeeded"
     assert packed.metrics["train_loss"] == pytest.approx(plain.metrics["train_loss"], rel=1e-4)
     assert packed.trained_tokens == plain.trained_tokens
+
+
+def test_sources_are_mixed_by_weight_and_a_second_run_finds_them_tokenised(root, tmp_path):
+    first = run(root, tmp_path, "sft", mixture=10)
+    _, store, outcome = first
+    assert (outcome.state, outcome.error) == ("succeeded", None)
+    (together,) = (info.key for info in store.list("p/runs/") if "/data-" in info.key)
+    made = [info.key for info in store.list("p/tokenised/")]
+    assert len(made) == 2
+    again = run(root, tmp_path, "sft", mixture=10)[2]
+    assert again.metrics == outcome.metrics
+    assert [info.key for info in store.list("p/tokenised/")] == made
+    assert store.info(together) is not None
 
 
 def test_the_best_evaluation_is_what_is_published_and_patience_ends_a_run(root, tmp_path):
