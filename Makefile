@@ -45,6 +45,9 @@ test-methods: $(VENV)/developer ## every method on every architecture and task, 
 	@METHODS_ALL=1 $(BIN)/python -m pytest tests/methods $(BOTH)
 	@$(BIN)/python -m pytest tests/end_to_end/test_methods.py
 
+test-objectives: $(VENV)/developer ## a job of every objective over REST, on real data, against its base on held-out rows
+	@$(BIN)/python -m pytest tests/end_to_end/test_objectives.py -s
+
 test-all: $(VENV)/developer ## all of that, and the numerics of every objective and method on 1, 2 and 4 ranks (hours)
 	@METHODS_ALL=1 EXACTNESS_ALL=1 $(BIN)/python -m pytest tests --ignore=tests/benchmarks -m "not long" $(BOTH)
 	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks -m long
