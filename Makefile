@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 BOTH   := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test check format bench test-long test-methods test-all compare clean
+.PHONY: help demo up down test check format bench test-long test-methods test-objectives test-all compare clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
