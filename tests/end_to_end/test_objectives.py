@@ -537,9 +537,10 @@ def measured(trial: Trial, ran: Ran, job: Job, directory: Path, rows: list[Row])
     }
     (directory / "told.json").write_text(json.dumps(told))
     script = Path(__file__).with_name("held_out.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(directory / "told.json")], capture_output=True, text=True
-    )
+    # Jobs run beside it: threads that wait for each other would mostly wait for those.
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(directory / "told.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
