@@ -90,7 +90,9 @@ def sample(
     made: list[Sampled] = []
     with _generating(engine.model, model):
         for lines in _lines(prompts, microbatch, alike=_sees_padding(model)):
-            ids_BT, mask_BT = _left_padded(lines, pad_id, engine.device)
+            # A decoder writes on behind its prompt; an encoder counts from the left, as in training.
+            left = not getattr(model.config, "is_encoder_decoder", False)
+            ids_BT, mask_BT = _beside(lines, pad_id, engine.device, left)
             batch = Batch(
                 ids_BT,
                 torch.full_like(ids_BT, IGNORE),
@@ -376,13 +378,15 @@ def _lines(prompts: Sequence[Prompt], most: int, alike: bool) -> Iterator[Sequen
         start = end
 
 
-def _left_padded(lines: Sequence[Prompt], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
+def _beside(lines: Sequence[Prompt], pad_id: int, device: Any, left: bool) -> tuple[Tensor, Tensor]:
+    """(ids, mask) of the prompts, padded on the left or on the right."""
     width = max(len(line.token_ids) for line in lines)
     ids = torch.full((len(lines), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(lines), width), dtype=torch.int64)
     for place, line in enumerate(lines):
-        ids[place, width - len(line.token_ids) :] = torch.tensor(line.token_ids)
-        mask[place, width - len(line.token_ids) :] = 1
+        start = width - len(line.token_ids) if left else 0
+        ids[place, start : start + len(line.token_ids)] = torch.tensor(line.token_ids)
+        mask[place, start : start + len(line.token_ids)] = 1
     return ids.to(device), mask.to(device)
 
 
