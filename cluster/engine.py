@@ -128,6 +128,9 @@ class ZeroEngine:
     def step(self, learning_rate: float) -> float:
         for group in self._optimizer().param_groups:
             group["lr"] = learning_rate * group["ratio"]
+        if self.stage in (1, 2) and not self._optimizer().state:
+            # DeepSpeed links moments to parameters after its first group's step, when other groups have none.
+            self._create_moments()
         with self._not_reduced_twice():
             self.engine.step()
         if self.stage == 0:

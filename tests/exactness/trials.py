@@ -161,7 +161,7 @@ def _slice() -> Iterator[Trial]:
     yield Trial(SFT, base="t5", world=2, stage=2, microbatch=2)
     yield Trial(KINDS["classification"], base="bert", world=2, stage=2, microbatch=2)
     yield Trial(KINDS["classification"], base="t5", world=2, stage=2, microbatch=1)
-    for name, stage in (("adapter", 1), ("dylora", 2), ("full", 3)):
+    for name, stage in (("adapter", 1), ("lora_plus", 2), ("dylora", 2), ("full", 3)):
         yield Trial(SFT, examples()[name], world=2, stage=stage, microbatch=2, packing=True, name=name)
     yield Trial(KINDS["kto"], world=1, stage=2, microbatch=3, packing=True)
 
