@@ -278,6 +278,8 @@ class ZeroEngine:
             flats = list(self.parameters.values())
         elif self.stage == 3:
             flats = self.engine.optimizer.fp32_partitioned_groups_flat
+        elif hasattr(self.engine.optimizer, "fp32_groups_flat_partition"):
+            flats = self.engine.optimizer.fp32_groups_flat_partition  # bf16 at stage 1 is a class of its own
         else:
             flats = self.engine.optimizer.single_partition_of_fp32_groups
         for flat in flats:

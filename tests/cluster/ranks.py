@@ -175,7 +175,7 @@ SCENARIOS = [
 
 ALONE = ("zero0", "zero1", "zero2", "zero3", "bf16-3")
 """What one rank runs too; two ranks run everything."""
-RESUMED = ("zero0", "zero1", "zero2", "zero3", "offload2", "offload3", "bf16-2", "nf4-3")
+RESUMED = ("zero0", "zero1", "zero2", "zero3", "offload2", "offload3", "bf16-1", "bf16-2", "nf4-3")
 
 
 def scenarios(world: int) -> list[Scenario]:
