@@ -747,8 +747,8 @@ def _data_of(wanted: Wanted, objective: Objective, files: Files) -> Data:
             code="format_not_applicable",
             param="data.forgetting_file",
         )
-    every = [*files.sources, *filter(None, (files.validation, files.forgetting))]
-    odd = [file for file in every if file.format != "text"]
+    learned = [*files.sources, *filter(None, (files.validation,))]
+    odd = [file for file in learned if file.format != "text"]
     if asked.too_long == "split" and odd:
         raise InvalidRequest(
             f"data.too_long is 'split', but {odd[0].id} has {odd[0].format} records: only plain text can be "

@@ -136,7 +136,7 @@ def prepare(run: RunInput, store: Store, workdir: Path) -> Prepared:
         validation_key, _, _ = shared.of((spec.data.validation,), asked, "validation_file")
     if spec.data.forgetting is not None:
         plain = Meaning(case.task)
-        forgetting_key, _, _ = shared.of((spec.data.forgetting,), plain, "data.forgetting")
+        forgetting_key, _, _ = shared.of((spec.data.forgetting,), plain, "data.forgetting_file")
     for kind, words in (
         ("dropped", "were dropped"),
         ("truncated", "were truncated"),
@@ -563,7 +563,7 @@ class _Tokenising:
         from peft_service.tokenised import Tokenised
 
         spec = self.run.spec
-        training, too_long, reading = spec.training, spec.data.too_long, reading_of(spec, file)
+        training, too_long, reading = spec.training, spec.data.too_long_in(file), reading_of(spec, file)
         digest = digest_of(
             file.sha256, self.tokenizer, file.format, training.max_seq_len, too_long, meaning, reading
         )

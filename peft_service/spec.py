@@ -147,6 +147,10 @@ class Data(Frozen):
     def tasks(self) -> tuple[str, ...]:
         return tuple(sorted({task for source in self.sources for task in source.tasks}))
 
+    def too_long_in(self, file: DataFile) -> Literal["error", "drop", "right", "left", "split"]:
+        """What happens to a long row of this file: rows of a probe beside documents cannot be split."""
+        return "error" if self.too_long == "split" and file.format != "text" else self.too_long
+
 
 class Training(Frozen):
     """How the parameters move. All values are concrete: "auto" is resolved before a spec exists."""

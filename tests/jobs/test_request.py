@@ -561,6 +561,12 @@ def test_only_documents_are_split_and_they_are_by_default() -> None:
     with pytest.raises(InvalidRequest) as refused:
         spec(data={"too_long": "split"})
     assert refused.value.param == "data.too_long"
+    # A probe of what is forgotten is not learned from: it does not change what happens to documents.
+    chats = data_file(9, "chat")
+    made = spec(format="text", data={"forgetting_file": "x"}, forgetting=chats)
+    assert made.data.too_long == "split"
+    assert made.data.too_long_in(made.data.training) == "split"
+    assert made.data.too_long_in(chats) == "error"
 
 
 def test_the_data_sets_of_a_request_are_listed_with_their_places() -> None:

@@ -227,3 +227,12 @@ def test_what_the_base_could_do_is_measured_before_and_after(root, tmp_path):
     before, after = (outcome.metrics[f"forgetting_loss_{when}"] for when in ("before", "after"))
     assert before > 0
     assert after != before
+
+
+def test_a_probe_that_is_too_long_is_an_error_of_its_own_key_beside_documents_that_are_split(root, tmp_path):
+    body = {"data": {"forgetting_file": "file-3"}}
+    assert run(root, tmp_path / "fits", "pretraining", body, forgetting=True)[2].state == "succeeded"
+    outcome = run(root, tmp_path / "long", "pretraining", body, forgetting=True, max_seq_len=8)[2]
+    assert outcome.state == "failed"
+    assert outcome.error["code"] == "invalid_training_file"
+    assert outcome.error["param"] == "data.forgetting_file"
