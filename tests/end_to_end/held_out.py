@@ -3,9 +3,10 @@
     python tests/end_to_end/held_out.py TOLD.json
 
 TOLD has `measure`, `base`, `adapter` and maybe `teacher` (directories), `rows`, and `labels` of a head. Out
-comes one line of JSON: `base` and `adapter`, a number a row (higher is better), and what the adapter's `loss`
-and `accuracy` are over all targets, as the service reports them. Nothing of the service is used: what a
-text's tokens and targets are, and what a measure is, is written here once more."""
+comes one line of JSON: `base` and `adapter`, a number a row (higher is better), and over all targets the
+adapter's `loss` and `accuracy` and the base's `base_loss`, as the service reports them. Nothing of the
+service is used: what a text's tokens and targets are, and what a measure is, is written here once more.
+"""
 
 import json
 import sys
@@ -250,6 +251,7 @@ def measured(told: dict[str, Any]) -> dict[str, Any]:
     targets = max(1, sum(each.targets for each in found["adapter"]))
     return {
         **{name: [each.score for each in rows] for name, rows in found.items()},
+        "base_loss": sum(each.loss for each in found["base"]) / targets,
         "loss": sum(each.loss for each in found["adapter"]) / targets,
         "accuracy": sum(each.right for each in found["adapter"]) / targets,
     }

@@ -27,7 +27,7 @@ import pytest
 
 from jobs import objectives
 from jobs.client import Job
-from peft_service import shipped
+from peft_service import shipped, templates
 from tests.data.compared import SHARED
 from tests.end_to_end.service import Service, service
 from tests.servers import S3Server
@@ -59,6 +59,8 @@ TOLD: Row = {
 }
 """A line of E2E, `facts||sentence`, as what is asked and what is answered."""
 TEMPLATE: Row = {"name": "chatml"}
+IDENTITIES = 20
+"""Rows of LLaMA-Factory's identity.json, from its end, that nothing is trained on."""
 WARM, TEACHER = "e2e/warm", "e2e/teacher"
 """Bases that are made here: a job's adapter, merged into the shipped base."""
 SAYS_YES_OR_NO: Row = {
@@ -116,9 +118,23 @@ def sentences() -> tuple[list[Sentence], list[Sentence]]:
     return parts
 
 
+def identities() -> list[Row]:
+    """Questions to an assistant about itself, and its answers."""
+    text = (SHARED / "llamafactory/identity.json").read_text(encoding="utf-8")
+    for placeholder, name in (("{{name}}", "Juno"), ("{{author}}", "the harbour office")):
+        text = text.replace(placeholder, name)
+    rows: list[Row] = json.loads(text)
+    return rows
+
+
 def spread(rows: list[Any], count: int) -> list[Any]:
     """`count` of the rows, from all over the list."""
     return [rows[number * len(rows) // count] for number in range(min(count, len(rows)))]
+
+
+def chat(question: str, answer: str) -> Row:
+    said = zip(("user", "assistant"), (question, answer), strict=True)
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def as_lines(path: Path, rows: list[Row]) -> Path:
@@ -226,19 +242,8 @@ def writing(root: Path) -> dict[str, Trial]:
     files = root / "e2e.txt", root / "e2e-held-out.txt"
     for path, part in zip(files, (spread(training, 1600), held_out), strict=True):
         path.write_text("".join(f"{each.line}\n" for each in part), encoding="utf-8")
-    asked = [
-        {
-            "messages": [
-                {"role": "user", "content": each.line.split("||")[0]},
-                {"role": "assistant", "content": each.line.split("||")[1]},
-            ]
-        }
-        for each in held_out
-    ]
-    identity = (SHARED / "llamafactory/identity.json").read_text(encoding="utf-8")
-    for placeholder, name in (("{{name}}", "Juno"), ("{{author}}", "the harbour office")):
-        identity = identity.replace(placeholder, name)
-    about = json.loads(identity)
+    asked = [chat(*each.line.split("||")) for each in held_out]
+    about = identities()[:-IDENTITIES]
     plays = (SHARED / "tinyshakespeare/input.txt").read_text(encoding="utf-8").split("\n\n")
     parts = root / "plays.txt", root / "plays-held-out.txt"
     texts = [part for part in plays if 100 < len(part) < 500]
@@ -274,6 +279,7 @@ def writing(root: Path) -> dict[str, Trial]:
             job(
                 "pretraining", *parts, steps=60, rate=2e-3,
                 data={"documents": "paragraph", "forgetting_file": as_lines(root / "about.jsonl", about)},
+                training={"max_seq_len": 512},
             ),
             "loss",
             [{"text": text} for text in unseen],
@@ -582,19 +588,45 @@ def test_the_adapter_beats_its_base_on_held_out_rows(
         assert told[columns[name]] == pytest.approx(found[name], rel=0.01, abs=0.005), (name, told)
 
 
-@pytest.mark.skipif("sft" not in KINDS or "pretraining" not in KINDS, reason="those jobs were left out")
-def test_what_else_the_jobs_were_asked_for_has_happened(ran: Ran) -> None:
-    """Packing, a mixture, a template, graders, the best checkpoint, a probe of what was forgotten."""
-    sft = ran.live.succeeded(ran.jobs["sft"])
-    assert sft.training["packing"] is True
-    scores = [step["valid_score"] for step in ran.steps(sft) if "valid_score" in step]
+def needs(kind: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(kind not in KINDS, reason=f"the job {kind} was left out")
+
+
+@needs("sft")
+def test_the_job_that_mixes_and_packs_has_learned_both_data_sets_under_the_named_template(
+    ran: Ran, tmp_path: Path
+) -> None:
+    """Packing, a mixture with weights, parquet, a template, graders and the best checkpoint in one job."""
+    job = ran.live.succeeded(ran.jobs["sft"])
+    assert job.training["packing"] is True
+    scores = [step["valid_score"] for step in ran.steps(job) if "valid_score" in step]
     assert len(scores) == 2
-    assert all(0 <= score <= 1 for score in scores)
-    assert max(scores) > 0.1, "something of the sentences is right"
-    assert sft.adapter_id is not None
-    template = ran.live.client.pull(sft.adapter_id, ran.root / "sft") / "chat_template.jinja"
-    assert "<|im_start|>" in template.read_text()
-    pretraining = ran.live.succeeded(ran.jobs["pretraining"])
-    told = {name: value for step in ran.steps(pretraining) for name, value in step.items()}
-    assert told["forgetting_loss_before"] > 0
-    assert told["forgetting_loss_after"] > 0
+    assert 0.1 < max(scores) <= 1, "something of the sentences is right"
+    # Of the second source, too, rows that were not trained on.
+    asked = [chat(row["instruction"], row["output"]) for row in identities()[-IDENTITIES:]]
+    found = measured(ran.trials["sft"], ran, job, tmp_path, asked)
+    assert surely(found["adapter"], found["base"]) > SURE
+    written = (tmp_path / "adapter" / "chat_template.jinja").read_text()
+    assert written.strip() == templates.named(TEMPLATE["name"]).jinja.strip()
+
+
+@needs("pretraining")
+def test_what_the_base_could_do_is_measured_before_and_after(ran: Ran, tmp_path: Path) -> None:
+    """By the job on S3 data with a probe of another format, and here once more."""
+    job = ran.live.succeeded(ran.jobs["pretraining"])
+    reported = {name: value for step in ran.steps(job) for name, value in step.items()}
+    asked = [chat(row["instruction"], row["output"]) for row in identities()[:-IDENTITIES]]
+    found = measured(ran.trials["pretraining"], ran, job, tmp_path, asked)
+    assert reported["forgetting_loss_after"] == pytest.approx(found["loss"], rel=0.01)
+    assert reported["forgetting_loss_before"] == pytest.approx(found["base_loss"], rel=0.01)
+
+
+@needs("classification")
+def test_a_job_ends_when_it_no_longer_gets_better(ran: Ran) -> None:
+    job = ran.live.succeeded(ran.jobs["classification"])
+    steps = ran.steps(job)
+    asked = ran.trials["classification"].body["training"]
+    told = [step["valid_mean_token_accuracy"] for step in steps if "valid_loss" in step]
+    stale = len(told) - 1 - told.index(max(told))
+    assert stale <= asked["early_stopping_patience"]
+    assert steps[-1]["step"] == asked["max_steps"] or stale == asked["early_stopping_patience"]
