@@ -52,8 +52,11 @@ class Poly(Method):
     small: ClassVar[dict[str, Any]] = {"rank": 4, "skills": 3, "splits": 2}
     can: ClassVar[Capabilities] = Capabilities(
         mergeable=False,
+        gradient_checkpointing=False,
         servers=("peft",),
         why={
+            "gradient_checkpointing": "peft tells its layers the rows' tasks for the forward pass only, so "
+            "blocks that are computed again mix the skills otherwise, and gradients are wrong. Take mtl_lora",
             "mergeable": "every task has other weights; train a lora for each task to merge one",
             "servers": "the mix depends on the row's task, which only peft passes on: train lora for vLLM",
         },

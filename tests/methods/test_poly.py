@@ -161,3 +161,11 @@ def test_what_cannot_work_is_refused(root):
         methods.admit(SMALL, shape.model_copy(update={"model_type": "gpt2"}), case)
     with pytest.raises(InvalidRequest, match='"task"'):
         methods.admit(SMALL, shape, case.model_copy(update={"tasks": ()}))
+
+
+def test_gradient_checkpointing_is_refused_as_peft_forgets_the_tasks(root):
+    """With it, the second step's loss is already another: the gradients of the first were wrong."""
+    case = methods.Case(tasks=("a", "b"), gradient_checkpointing=True)
+    with pytest.raises(InvalidRequest, match="mtl_lora") as caught:
+        methods.admit(SMALL, shape_of("llama", root), case)
+    assert caught.value.param == "training.gradient_checkpointing"
